@@ -1,0 +1,497 @@
+"""The same numbers as `recurrence`, chunkwise parallel: no weight is ever formed per token.
+
+With gradients frozen at a chunk's start, token i's gradient is the rank-one x_i d_i^T in every weight, and S_t and
+A_t are linear in the gradients (papers: Titans eq. 16 to 18; the dual form of TTT, appendix A):
+
+    S_t = H[t,0] S_0 - sum_i H[t,i] lr_i x_i d_i^T          H: products of momentum
+    A_t = K[t,0] A_0 + G[t,0] S_0 - sum_i G[t,i] x_i d_i^T   K: products of 1 - forget, G = K H diag(lr)
+
+so a read x A_t is masked attention over the chunk: K[t,0] x A_0 + G[t,0] x S_0 - ((x X^T) . G) D.
+
+Shapes: B rows, H heads, N chunks, n tokens of a chunk (or of the piece of one that this call brings), Dk, Dv widths.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miras.core.algorithm import step_bound
+from miras.core.observe import observe, observing
+from miras.core.rule import Masks, Rule, State, check, close_chunk, gate_of, init_state, norm, observed
+from miras.core.state import Tree, choose
+
+ACTIVATION_BYTES = 1 << 26
+"""Above this many bytes of per-chunk weights, groups of chunks are recomputed in the backward pass."""
+
+
+def scan(
+    rule: Rule,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    *,
+    valid: Tensor | None = None,
+    write: Tensor | None = None,
+    reset: Tensor | None = None,
+    initial: Tree | None = None,
+) -> tuple[Tensor, State]:
+    """Any number of tokens through a memory; arguments, meaning and numbers are those of `recurrence`.
+
+    The result does not depend on where a stream is cut. Activation memory grows with the square root of T.
+    """
+    masks = Masks(valid, write, reset)
+    check(rule, state, q, k, v, gates, masks, initial)
+    B, _, T, _ = q.shape
+    if T == 0:
+        return v.new_zeros(v.shape), state
+    fresh = None if initial is None else init_state(rule, initial)
+    phase = int(state.phase[0])
+    if T == 1 or (valid is None and reset is None and bool((state.phase == phase).all())):
+        return _aligned(rule, state, fresh, (q, k, v, gates), masks, phase)
+    return _ragged(rule, state, fresh, (q, k, v, gates), masks)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tree]
+
+
+class Chunks(NamedTuple):
+    """Chunks side by side, as `_run` takes them.
+
+    q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates {name: (B, H, N, n)}; write (B, N, n) or None for all;
+    slots (B or 1, n) the places of the n tokens in their chunk; starts, per chunk, (B,) rows that begin a
+    document there, or None; ends, per chunk, (B,) the phase after it, or True where all rows complete it.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Tree
+    write: Tensor | None
+    slots: Tensor
+    starts: list[Tensor | None]
+    ends: list[Tensor | bool]
+
+
+def _aligned(
+    rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, phase: int
+) -> tuple[Tensor, State]:
+    """All rows at one phase (or a single token): the open chunk's rest, whole chunks, the remainder."""
+    q, k, v, gates = inputs
+    T, C = q.shape[2], rule.chunk_size
+    write = masks.write
+    if masks.valid is not None:  # T == 1: keep the padding's numbers, whatever they are, out of every product
+        write = masks.valid if write is None else masks.valid & write
+        hole = ~masks.valid[:, None, :]
+        q, k, v = (x.masked_fill(hole[..., None], 0) for x in (q, k, v))
+        gates = {n: g.masked_fill(hole, 0) for n, g in gates.items()}
+    reads: list[Tensor] = []
+    at = 0
+    while at < T:
+        n = min(C - phase, T - at) if T > 1 else 1
+        N = max(1, (T - at) // C) if n == C else 1
+        cut = slice(at, at + N * n)
+        start = masks.reset  # T == 1 wherever there are resets here
+        if start is not None:
+            start = (start if masks.valid is None else start & masks.valid)[:, 0]
+        begin = state.phase if start is None else torch.where(start, 0, state.phase)
+        end: Tensor | bool = True
+        if T == 1:
+            end = (begin + (1 if masks.valid is None else masks.valid[:, 0].long())) % C
+        elif n < C - phase:
+            end = begin + n
+        chunks = Chunks(
+            *(x[:, :, cut].unflatten(2, (N, n)) for x in (q, k, v)),
+            gates={name: g[:, :, cut].unflatten(2, (N, n)) for name, g in gates.items()},
+            write=None if write is None else write[:, cut].unflatten(1, (N, n)),
+            slots=begin[:, None] + torch.arange(n, device=q.device),
+            starts=[start] * N,
+            ends=[end] * N,
+        )
+        seen_at = None if masks.valid is None else torch.where(masks.valid, 0, -1)
+        y, state = _groups(rule, state, fresh, chunks, observe_at=seen_at)
+        reads.append(y)
+        at, phase = cut.stop, 0
+    y = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
+    if masks.valid is not None:
+        y = y.masked_fill(~masks.valid[:, None, :, None], 0)
+    return y, state
+
+
+def grid(phase: Tensor, valid: Tensor, reset: Tensor, chunk_size: int) -> Tensor:
+    """Each token's place on its row's own chunk grid, (B, T) int64: documents start on chunk boundaries.
+
+    Padding tokens get the place -1. phase (B,) is how much of the open chunk is already read.
+    """
+    B, T = valid.shape
+    document = (reset & valid).cumsum(1)
+    size = torch.zeros(B, T + 1, dtype=torch.long, device=valid.device)
+    size = size.scatter_add(1, document, valid.long())
+    before = size.cumsum(1) - size  # valid tokens of the call before each document
+    lead = F.pad(torch.where(size[:, :1] > 0, phase[:, None], 0), (0, T))
+    room = -(-(size + lead) // chunk_size) * chunk_size
+    base = room.cumsum(1) - room + lead
+    place = base.gather(1, document) + valid.cumsum(1) - 1 - before.gather(1, document)
+    return torch.where(valid, place, -1)
+
+
+def _ragged(
+    rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks
+) -> tuple[Tensor, State]:
+    """Rows at different phases, holes and documents: one gather puts each row on its own chunk grid."""
+    q, k, v, gates = inputs
+    B, H, T, _ = q.shape
+    C = rule.chunk_size
+    everywhere = torch.ones(B, T, dtype=torch.bool, device=q.device)
+    valid = everywhere if masks.valid is None else masks.valid
+    reset = ~everywhere if masks.reset is None else masks.reset & valid
+    place = grid(state.phase, valid, reset, C)
+    N = max(1, -(-(int(place.max()) + 1) // C))
+    source = torch.full((B, N * C + 1), T, dtype=torch.long, device=q.device)
+    source = source.scatter(1, torch.where(valid, place, N * C), torch.arange(T, device=q.device).expand(B, T))
+    source = source[:, : N * C]
+    there = source < T
+
+    if N * C != T or not bool((source == torch.arange(N * C, device=q.device)).all()):
+        index = source[:, None, :, None]
+
+        def spread(x: Tensor) -> Tensor:  # (B, H, T, D) to (B, H, N * C, D), zeros where no token is
+            return F.pad(x, (0, 0, 0, 1)).gather(2, index.expand(B, H, N * C, x.shape[-1]))
+
+        q, k, v = spread(q), spread(k), spread(v)
+        gates = {n: spread(g[..., None])[..., 0] for n, g in gates.items()}
+
+    def on_grid(mask: Tensor) -> Tensor:  # (B, T) to (B, N, C)
+        return F.pad(mask, (0, 1)).gather(1, source).unflatten(1, (N, C))
+
+    occupied = there.unflatten(1, (N, C))
+    write = occupied if masks.write is None else on_grid(masks.write) & occupied
+    last = torch.where(occupied, torch.arange(1, C + 1, device=q.device), 0).amax(-1)
+    starts = on_grid(reset)[..., 0]
+    ends: list[Tensor | bool] = []
+    phase = state.phase
+    everyone = occupied[..., -1].all(0).tolist()
+    for j in range(N):
+        phase = torch.where(starts[:, j], 0, phase)
+        phase = torch.where(last[:, j] > 0, last[:, j] % C, phase)
+        ends.append(True if everyone[j] else phase)
+    anyone = starts.any(0).tolist()
+    chunks = Chunks(
+        *(x.unflatten(2, (N, C)) for x in (q, k, v)),
+        gates={name: g.unflatten(2, (N, C)) for name, g in gates.items()},
+        write=None if bool(write.all()) else write,
+        slots=torch.arange(C, device=q.device)[None],
+        starts=[starts[:, j] if anyone[j] else None for j in range(N)],
+        ends=ends,
+    )
+    y, state = _groups(rule, state, fresh, chunks, observe_at=place)
+    back = place.clamp_min(0)[:, None, :, None].expand(B, H, T, y.shape[-1])
+    return torch.where(valid[:, None, :, None], y.gather(2, back), 0), state
+
+
+def _groups(
+    rule: Rule, state: State, fresh: State | None, chunks: Chunks, observe_at: Tensor | None = None
+) -> tuple[Tensor, State]:
+    """All chunks in order; when their activations are large, in groups that the backward pass recomputes.
+
+    observe_at (B, T) places of the tokens among the chunks' slots, where an observation wants them.
+    """
+    N = chunks.q.shape[2]
+    observation = observing()
+    trace: list[Tree] | None = None if observation is None else []
+    size = N
+    if torch.is_grad_enabled() and N > 1 and N * state.nbytes() > ACTIVATION_BYTES:
+        size = math.isqrt(N - 1) + 1
+    reads: list[Tensor] = []
+    for first in range(0, N, size):
+        part = chunks if size == N else _part(chunks, slice(first, first + size))
+        run = _run if size == N else _run_recomputed
+        y, state = run(rule, state, fresh, part, trace)
+        reads.append(y)
+    if observation is not None and trace is not None:
+        seen = {name: torch.cat([t[name] for t in trace], -1) for name in trace[0]}
+        if observe_at is not None:
+            index = observe_at.clamp_min(0)[:, None].expand(-1, chunks.q.shape[1], -1)
+            seen = {n: torch.where(observe_at[:, None] < 0, 0, x.gather(2, index)) for n, x in seen.items()}
+        observation.record(seen)
+    return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
+
+
+def _part(chunks: Chunks, cut: slice) -> Chunks:
+    return Chunks(
+        *(x[:, :, cut] for x in chunks[:3]),
+        gates={n: g[:, :, cut] for n, g in chunks.gates.items()},
+        write=None if chunks.write is None else chunks.write[:, cut],
+        slots=chunks.slots,
+        starts=chunks.starts[cut],
+        ends=chunks.ends[cut],
+    )
+
+
+def _run_recomputed(
+    rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+) -> tuple[Tensor, State]:
+    """`_run` that keeps only its inputs and runs again in the backward pass: the boundary of activation memory."""
+    parts = [state.tensors(), {} if fresh is None else fresh.tensors(), chunks.gates]
+    traces = [trace]
+    names = list(state.tensors())
+
+    def again(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        values = iter(leaves)
+        mine, start, gates = ({name: next(values) for name in part} for part in parts)
+        y, end = _run(
+            rule,
+            state.with_tensors(mine),
+            None if fresh is None else fresh.with_tensors(start),
+            chunks._replace(q=q, k=k, v=v, gates=gates),
+            traces.pop() if traces else None,  # an observation sees the forward pass only
+        )
+        return (y, *(end.tensors()[name] for name in names))
+
+    leaves = [x for part in parts for x in part.values()]
+    y, *end = _Recompute.apply(again, *chunks[:3], *leaves)  # pyright: ignore
+    return y, state.with_tensors(dict(zip(names, end, strict=True)))
+
+
+class _Recompute(torch.autograd.Function):
+    """Calls a function of tensors without keeping its graph; the backward pass calls it again with one."""
+
+    @staticmethod
+    def forward(ctx: Any, fn: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.fn = fn
+        ctx.save_for_backward(*inputs)
+        with torch.no_grad():
+            outputs = fn(*inputs)
+        taken = {id(x) for x in inputs}
+        distinct: list[Tensor] = []
+        for x in outputs:  # one output must not be another one or an input
+            distinct.append(x.clone() if id(x) in taken else x)
+            taken.add(id(x))
+        ctx.mark_non_differentiable(*(x for x in distinct if not x.is_floating_point()))
+        return tuple(distinct)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:]
+        inputs = [
+            x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        with torch.enable_grad(), observe(active=False):
+            outputs = ctx.fn(*inputs)
+        pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
+        wanted = [x for x in inputs if x.requires_grad]
+        found = iter(
+            torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        )
+        return (None, *(next(found) if x.requires_grad else None for x in inputs))
+
+
+def _run(
+    rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+) -> tuple[Tensor, State]:
+    """Chunks one after the other: what depends on gates and keys alone is done for all of them at once."""
+    if chunks.starts[0] is not None and fresh is not None:
+        state = choose(chunks.starts[0], fresh, state)
+    table = _coefficients(rule, state, chunks)
+    per_chunk = {n: [Coefficients(*parts) for parts in _unbind(c)] for n, c in table.items()}
+    gates = {name: g.unbind(2) for name, g in chunks.gates.items()}
+    q, k, v = (x.unbind(2) for x in chunks[:3])
+    reads: list[Tensor] = []
+    for j in range(len(q)):
+        start, end = chunks.starts[j], chunks.ends[j]
+        if j > 0 and start is not None and fresh is not None:
+            state = choose(start, fresh, state)
+        coefs = {n: c[j] for n, c in per_chunk.items()}
+        gates_j = {name: g[j] for name, g in gates.items()}
+        y, state, seen = _chunk(rule, state, q[j], k[j], v[j], gates_j, coefs, trace is not None)
+        reads.append(y)
+        if seen is not None and trace is not None:
+            lr = {n: c.lr for n, c in coefs.items()}
+            write = None if chunks.write is None else chunks.write[:, j]
+            trace.append({n: x.detach() for n, x in (observed(rule, gates_j, lr, write) | seen).items()})
+        if end is True:
+            state = close_chunk(rule, state)
+        elif isinstance(end, Tensor):
+            state = _leave_open(rule, state, k[j], chunks, j, end)
+    return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
+
+
+def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, phase: Tensor) -> State:
+    """The state after a piece of a chunk: `recent` takes the piece's keys and steps at their places."""
+    recent = state.recent
+    if rule.algorithm.step_bound:
+        B, H, n, d_key = k.shape
+        slots = chunks.slots.expand(B, n)
+        write = None if chunks.write is None else chunks.write[:, j]
+
+        def put(old: Tensor, new: Tensor) -> Tensor:  # (B, H, C, D) with new (B, H, n, D) at the slots
+            index = slots[:, None, :, None].expand(B, H, n, new.shape[-1])
+            if write is not None:
+                new = torch.where(write[:, None, :, None], new, old.gather(2, index))
+            return old.scatter(2, index, new)
+
+        lr = {n_: gate_of(chunks.gates, "lr", n_)[:, :, j] for n_ in state.A}
+        recent = {"key": put(state.recent["key"], k)}
+        recent |= {n_: put(state.recent[n_][..., None], x[..., None])[..., 0] for n_, x in lr.items()}
+    state = State(state.A, state.S, state.anchor, phase, state.retained, recent)
+    return choose(phase == 0, close_chunk(rule, state), state)
+
+
+class Coefficients(NamedTuple):
+    """What one weight's update is made of, {chunk by chunk}: see the equations at the top of the file.
+
+    lr (..., n) the bounded step; K0, G0, H0 (..., n) and G, H (..., n, n); G0, H0, H None without momentum.
+    """
+
+    lr: Tensor
+    K0: Tensor
+    G: Tensor
+    G0: Tensor | None
+    H: Tensor | None
+    H0: Tensor | None
+
+
+def _unbind(c: Coefficients) -> list[tuple[Tensor | None, ...]]:
+    N = c.lr.shape[2]
+    return list(zip(*([None] * N if x is None else x.unbind(2) for x in c), strict=True))
+
+
+def products(a: Tensor) -> Tensor:
+    """[t, i] = a_i ... a_t for i <= t, 1 for i = t + 1, else 0: (..., n) to (..., n, n + 1).
+
+    Column 0 carries the initial state, column i + 1 the input of token i. Formed by masked doubling, so that
+    values and gradients are exact where a gate is 0 or 1; a product through logarithms loses them.
+    """
+    n = a.shape[-1]
+    row, column = torch.arange(n, device=a.device)[:, None], torch.arange(n + 1, device=a.device)
+    x = torch.where(column <= row, a[..., None], 1)
+    span = 1
+    while span < n:
+        x = torch.cat([x[..., :span, :], x[..., span:, :] * x[..., :-span, :]], -2)
+        span *= 2
+    return x * (column <= row + 1)
+
+
+def _coefficients(rule: Rule, state: State, chunks: Chunks) -> dict[str, Coefficients]:
+    """The coefficients of every weight, all chunks at once, from gates and keys."""
+    write = None if chunks.write is None else chunks.write[:, None]
+    overlap = None
+    if rule.algorithm.step_bound:
+        overlap = (chunks.k @ chunks.k.mT).abs().tril(-1)
+    shared: dict[tuple[int, ...], Coefficients] = {}
+    table: dict[str, Coefficients] = {}
+    for name in state.A:
+        mine = [gate_of(chunks.gates, g, name) for g in (*rule.algorithm.all_gates(), *rule.retention.gates)]
+        key = tuple(id(g) for g in mine)
+        if key not in shared or rule.algorithm.step_bound:
+            lr, keep = gate_of(chunks.gates, "lr", name), 1 - gate_of(chunks.gates, "forget", name)
+            if write is not None:
+                lr, keep = torch.where(write, lr, 0), torch.where(write, keep, 1)
+            if overlap is not None:
+                bound = (1 - lr[..., None, :] * overlap).prod(-1)
+                first = step_bound(lr[:, :, 0], chunks.k[:, :, 0], state.recent[name], state.recent["key"])
+                lr = lr * bound
+                lr = torch.cat([lr[:, :, :1] * first[:, :, None], lr[:, :, 1:]], 2)
+            K = products(keep)
+            K0, steps = K[..., 0], K[..., 1:]
+            if write is not None:
+                steps = steps * write[..., None, :]
+            G, G0, H, H0 = steps * lr[..., None, :], None, None, None
+            if rule.algorithm.momentum:
+                momentum = gate_of(chunks.gates, "momentum", name)
+                H = products(momentum if write is None else torch.where(write, momentum, 1))
+                G = steps @ H
+                G0, G = G[..., 0], G[..., 1:] * lr[..., None, :]
+                H0, H = H[..., 0], H[..., 1:] * lr[..., None, :]
+            shared[key] = Coefficients(lr, K0, G, G0, H, H0)
+        table[name] = shared[key]
+    return table
+
+
+def _factors(
+    rule: Rule, state: State, k: Tensor, v: Tensor, gates: Tree, coefs: dict[str, Coefficients]
+) -> tuple[Tree, Tree, Tensor]:
+    """For every token at once, the factors of its rank-one gradients x_t d_t^T, and its inner loss.
+
+    x_t is what a linear map took in, d_t the derivative of the loss by what it gave out: one backward pass.
+    """
+    create = torch.is_grad_enabled()
+    anchor = state.anchor
+    if not create:
+        anchor, v = {n: w.detach() for n, w in anchor.items()}, v.detach()
+        gates = {n: g.detach() for n, g in gates.items()}
+    if not (create and k.requires_grad):
+        k = k.detach().requires_grad_()
+    xs: Tree = {}
+    outs: Tree = {}
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        y = x @ anchor[name]
+        if rule.retention.decayed:
+            y = y * (state.retained[name][..., None] * coefs[name].K0)[..., None]
+        xs[name], outs[name] = x, y
+        return y
+
+    with torch.enable_grad():
+        loss = rule.bias.loss(rule.memory.apply(k, linear), v, gates)
+        ds = torch.autograd.grad(loss.sum(), list(outs.values()), create_graph=create)
+    if not create:
+        xs, loss = {n: x.detach() for n, x in xs.items()}, loss.detach()
+    return xs, dict(zip(outs, ds, strict=True)), loss
+
+
+def _chunk(
+    rule: Rule,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    coefs: dict[str, Coefficients],
+    watched: bool,
+) -> tuple[Tensor, State, Tree | None]:
+    """One chunk: gradient factors at the anchor, reads as masked attention, the accumulators at its end."""
+    xs, ds, loss = _factors(rule, state, k, v, gates, coefs)
+
+    def read(name: str, x: Tensor) -> Tensor:
+        c = coefs[name]
+        y = c.K0[..., None] * (x @ state.A[name]) - ((x @ xs[name].mT) * c.G) @ ds[name]
+        return y if c.G0 is None else y + c.G0[..., None] * (x @ state.S[name])
+
+    y = rule.memory.apply(q, read)
+    A: Tree = {}
+    S: Tree = {}
+    retained: Tree = {}
+    for n, c in coefs.items():
+        last = lambda x: x[..., -1, None, None]  # noqa: E731
+        A[n] = last(c.K0) * state.A[n] - (xs[n] * c.G[..., -1, :, None]).mT @ ds[n]
+        if c.G0 is not None and c.H is not None and c.H0 is not None:
+            A[n] = A[n] + last(c.G0) * state.S[n]
+            S[n] = last(c.H0) * state.S[n] - (xs[n] * c.H[..., -1, :, None]).mT @ ds[n]
+        if rule.retention.decayed:
+            retained[n] = state.retained[n] * c.K0[..., -1]
+    seen = _watch(state, xs, ds, coefs) | {"loss": loss} if watched else None
+    return y, State(A, S, state.anchor, state.phase, retained, state.recent), seen
+
+
+def _watch(state: State, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
+    """|grad_t|, |S_t| and |W_t| of a chunk's tokens (B, H, n); here, and only here, per-token weights are formed."""
+    rank_one = {n: torch.einsum("bhid,bhie->bhide", x, ds[n]) for n, x in xs.items()}
+    moved: Tree = {}
+    weights: Tree = {}
+    for n, c in coefs.items():
+        grown = lambda first, old: first[..., None, None] * old[..., None, :, :]  # noqa: E731
+        summed = lambda table, n=n: torch.einsum("bhti,bhide->bhtde", table, rank_one[n])  # noqa: E731
+        weights[n] = grown(c.K0, state.A[n]) - summed(c.G)
+        if c.G0 is not None and c.H is not None and c.H0 is not None:
+            weights[n] = weights[n] + grown(c.G0, state.S[n])
+            moved[n] = grown(c.H0, state.S[n]) - summed(c.H)
+        else:
+            moved[n] = rank_one[n] * c.lr[..., None, None]
+    momentary = torch.stack([x.norm(dim=-1) * ds[n].norm(dim=-1) for n, x in xs.items()]).norm(dim=0)
+    return {"momentary": momentary, "accumulated": norm(moved), "weight": norm(weights)}

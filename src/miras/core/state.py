@@ -1,0 +1,94 @@
+"""States are values: frozen records of tensors whose first axis is the row (batch) axis."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+"""One tensor for each weight of a memory, by the weight's name."""
+
+
+T = TypeVar("T")
+
+
+def _map(value: Any, fn: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
+    if isinstance(value, Tensor):
+        return fn(name, value)
+    if isinstance(value, Record):
+        parts = {f.name: _map(getattr(value, f.name), fn, _join(name, f.name)) for f in fields(value)}
+        return replace(value, **parts)
+    if isinstance(value, dict):
+        return {key: _map(part, fn, _join(name, key)) for key, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_map(part, fn, _join(name, number)) for number, part in enumerate(value))
+    return value
+
+
+def _join(name: str, part: Any) -> str:
+    return f"{name}.{part}" if name else str(part)
+
+
+def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Record):
+        for field in fields(value):
+            yield from _walk(getattr(value, field.name), _join(name, field.name))
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _walk(part, _join(name, key))
+    elif isinstance(value, tuple):
+        for number, part in enumerate(value):
+            yield from _walk(part, _join(name, number))
+
+
+@dataclass(frozen=True)
+class Record:
+    """A frozen, possibly nested, collection of tensors with the row axis first."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """The same record with `fn` applied to every tensor."""
+        return _map(self, lambda _, x: fn(x))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its dotted path, in a fixed order (what a file on disk holds)."""
+        return dict(_walk(self, ""))
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        """This record's structure filled from `tensors`, a mapping as `tensors()` returns it."""
+        return _map(self, lambda name, _: tensors[name])
+
+    def detach(self) -> Self:
+        """The same numbers without their history (the cut of truncated backpropagation)."""
+        return self.map(Tensor.detach)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same numbers on another device."""
+        return self.map(lambda x: x.to(device))
+
+    def select(self, rows: Sequence[int] | Tensor) -> Self:
+        """The given rows, in that order; a row may occur several times (a fork)."""
+
+        def pick(x: Tensor) -> Tensor:
+            return x.index_select(0, torch.as_tensor(rows, dtype=torch.long, device=x.device))
+
+        return self.map(pick)
+
+    @classmethod
+    def stack(cls, records: Sequence[Self]) -> Self:
+        """One record with the rows of all `records`, which must have the same structure."""
+        columns = [r.tensors() for r in records]
+        return records[0].with_tensors({n: torch.cat([c[n] for c in columns], 0) for n in columns[0]})
+
+    def nbytes(self) -> int:
+        """Bytes held by the tensors."""
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
+
+
+def choose(rows: Tensor, yes: T, no: T) -> T:
+    """`yes` in the rows (B,) where the mask is true, `no` elsewhere, for any structure of tensors."""
+    others = dict(_walk(no, ""))
+    return _map(yes, lambda name, x: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, others[name]))
