@@ -1,0 +1,65 @@
+"""Memory that learns at test time, for sequence models."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "miras.core.memory": ("Memory", "Matrix", "MLP"),
+    "miras.core.bias": ("Bias", "L2", "Dot"),
+    "miras.core.retention": ("Retention", "Decay"),
+    "miras.core.algorithm": ("Algorithm", "GradientDescent"),
+    "miras.core.rule": ("Rule", "State", "init_state", "recurrence"),
+    "miras.core.observe": ("observe",),
+    "miras.ops": ("scan",),
+    "miras.nn.gates": ("Gate",),
+    "miras.nn.memory": ("MemoryLayer",),
+    "miras.nn.attention": ("AttentionLayer",),
+    "miras.nn.titans": ("MemoryAsGate",),
+    "miras.nn.config": ("ModelConfig",),
+    "miras.nn.lm": ("LM", "LMState"),
+    "miras.presets": ("preset", "presets"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from miras.core.algorithm import Algorithm as Algorithm
+    from miras.core.algorithm import GradientDescent as GradientDescent
+    from miras.core.bias import L2 as L2
+    from miras.core.bias import Bias as Bias
+    from miras.core.bias import Dot as Dot
+    from miras.core.memory import MLP as MLP
+    from miras.core.memory import Matrix as Matrix
+    from miras.core.memory import Memory as Memory
+    from miras.core.observe import observe as observe
+    from miras.core.retention import Decay as Decay
+    from miras.core.retention import Retention as Retention
+    from miras.core.rule import Rule as Rule
+    from miras.core.rule import State as State
+    from miras.core.rule import init_state as init_state
+    from miras.core.rule import recurrence as recurrence
+    from miras.nn.attention import AttentionLayer as AttentionLayer
+    from miras.nn.config import ModelConfig as ModelConfig
+    from miras.nn.gates import Gate as Gate
+    from miras.nn.lm import LM as LM
+    from miras.nn.lm import LMState as LMState
+    from miras.nn.memory import MemoryLayer as MemoryLayer
+    from miras.nn.titans import MemoryAsGate as MemoryAsGate
+    from miras.ops import scan as scan
+    from miras.presets import preset as preset
+    from miras.presets import presets as presets
+
+
+def __getattr__(name: str) -> Any:
+    # Names are looked up on first use, so that `miras --help` does not wait for torch.
+    if name not in _HOME:
+        raise AttributeError(f"module 'miras' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

@@ -1,0 +1,84 @@
+"""Attention as a layer, over a sliding window or over everything, with persistent tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from miras.core.attention import Window, attention, init_window
+from miras.core.rows import Rows
+from miras.nn.mixer import Mixer, heads, merge
+
+
+class AttentionReader(Mixer):
+    """From x (B, T, hidden) to the attention's answer (B, T, H * D), before an output projection.
+
+    `window_size` None is full attention. `num_persistent` learned keys and values per head are seen by every
+    token and have no position (Titans 4, eq. 19).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        window_size: int | None,
+        num_persistent: int,
+        rope_theta: float,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.window_size, self.rope_theta = window_size, rope_theta
+        self.q, self.k, self.v = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
+        for linear in (self.q, self.k, self.v):
+            nn.init.normal_(linear.weight, std=hidden_size**-0.5)
+        self.persistent: nn.Parameter | None = None
+        if num_persistent:
+            self.persistent = nn.Parameter(torch.randn(2, num_heads, num_persistent, head_dim))
+
+    def initial(self, rows: int, like: Tensor) -> Window:
+        return init_window(rows, self.num_heads, self.head_dim, self.window_size, like)
+
+    def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
+        q, k, v = (heads(linear(x), self.num_heads) for linear in (self.q, self.k, self.v))
+        state = Window(state.k.to(k.dtype), state.v.to(v.dtype), state.position, state.next, state.start)
+        persistent = None if self.persistent is None else self.persistent.to(q.dtype).unbind(0)
+        y, state = attention(
+            q,
+            k,
+            v,
+            state,
+            size=self.window_size,
+            theta=self.rope_theta,
+            persistent=persistent,
+            length=rows.length,
+            reset=rows.reset,
+        )
+        return merge(y), state
+
+
+class AttentionLayer(Mixer):
+    """Multi-head causal attention with rotary positions: out(attention(x))."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        head_dim: int | None = None,
+        window_size: int | None = None,
+        num_persistent: int = 0,
+        rope_theta: float = 10_000.0,
+    ) -> None:
+        super().__init__()
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        self.reader = AttentionReader(
+            hidden_size, num_heads, head_dim, window_size, num_persistent, rope_theta
+        )
+        self.out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
+
+    def initial(self, rows: int, like: Tensor) -> Window:
+        return self.reader.initial(rows, like)
+
+    def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
+        y, state = self.reader.mix(x, state, rows)
+        return self.out(y), state

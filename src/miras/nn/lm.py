@@ -1,0 +1,203 @@
+"""The language model: embedding, blocks, norm, head. One call for training, prefill and decoding."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from miras.core.observe import layer as observed_layer
+from miras.core.rows import Rows, pack
+from miras.core.state import Record
+from miras.nn.attention import AttentionLayer
+from miras.nn.config import ModelConfig
+from miras.nn.memory import MemoryLayer
+from miras.nn.mixer import Mixer
+from miras.nn.titans import MemoryAsGate
+
+
+@dataclass(frozen=True)
+class LMState(Record):
+    """Everything a stream needs to go on: each layer's state, and the tokens read so far, (B,) int64."""
+
+    layers: tuple[Any, ...]
+    tokens: Tensor
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        for linear in (self.gate, self.up, self.down):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nn.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer = build_mixer(config, config.mixer(number))
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.inner())
+        self.name = f"layers.{number}"
+
+    def forward(self, x: Tensor, state: Any, rows: Rows) -> tuple[Tensor, Any]:
+        with observed_layer(self.name):
+            y, state = self.mixer.mix(self.mixer_norm(x), state, rows)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+def build_mixer(config: ModelConfig, name: str) -> Mixer:
+    """The mixer that a config's pattern names."""
+    sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_heads, "head_dim": config.head_dim}
+    attend = {
+        "window_size": config.window_size,
+        "num_persistent": config.num_persistent,
+        "rope_theta": config.rope_theta,
+    }
+    memory = {
+        "rule": config.rule,
+        "gates": config.gates,
+        "conv_size": config.conv_size,
+        "initial_scale": config.initial_scale,
+        "norm_eps": config.norm_eps,
+    }
+    builders: dict[str, Any] = {
+        "attention": lambda: AttentionLayer(**sizes, **attend),
+        "memory": lambda: MemoryLayer(**sizes, **memory),
+        "mag": lambda: MemoryAsGate(**sizes, **attend, **memory),
+    }
+    return builders[name]()
+
+
+class Stack(nn.Module):
+    """Embedding, blocks and the last norm: tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        nn.init.normal_(self.embed_tokens.weight, std=config.hidden_size**-0.5)
+        # Residual branches add up; scaled so that the sum over the depth has the variance of one of them.
+        for name, weight in self.layers.named_parameters():
+            if name.endswith(("mixer.out.weight", "mlp.down.weight")):
+                with torch.no_grad():
+                    weight /= (2 * config.num_hidden_layers) ** 0.5
+
+    def forward(self, x: Tensor, state: LMState, rows: Rows) -> tuple[Tensor, LMState]:
+        layers: list[Any] = []
+        for block, part in zip(self.layers, state.layers, strict=True):
+            x, part = block(x, part, rows)
+            layers.append(part)
+        moved = x.shape[1] if rows.length is None else rows.length
+        return self.norm(x), LMState(tuple(layers), state.tokens + moved)
+
+
+class LM(nn.Module):
+    """A causal language model with memories that learn while it reads: (tokens, state) -> (logits, state)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Stack(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        else:
+            nn.init.normal_(self.lm_head.weight, std=config.hidden_size**-0.5)
+
+    def initial(self, rows: int) -> LMState:
+        """The state before the first token of `rows` streams."""
+        like = self.model.embed_tokens.weight
+        layers = tuple(block.mixer.initial(rows, like[:0]) for block in self.model.layers)  # pyright: ignore
+        return LMState(layers, torch.zeros(rows, dtype=torch.long, device=like.device))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: LMState | None = None,
+        *,
+        valid: Tensor | None = None,
+        write: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, LMState]:
+        """tokens (B, T) int64 -> logits (B, T, vocab) of the next token, and the state after.
+
+        `state=None` begins new streams; another call with the returned state continues them, wherever the cut.
+        valid, write, reset (B, T) bool: a token outside `valid` changes nothing (its logits are 0); one outside
+        `write` reads the memories without writing to them; `reset` marks the first token of a document.
+        """
+        x, state = self.hidden(tokens, state, valid=valid, write=write, reset=reset)
+        return self.lm_head(x), state
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        state: LMState | None = None,
+        *,
+        valid: Tensor | None = None,
+        write: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, LMState]:
+        """Like a call, but gives the normed hidden states (B, T, hidden) in place of the logits."""
+        if tokens.dim() != 2 or tokens.dtype != torch.long:
+            raise ValueError(f"LM: tokens must be (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
+        state = self.initial(tokens.shape[0]) if state is None else state
+        if state.tokens.shape[0] != tokens.shape[0] or len(state.layers) != len(self.model.layers):
+            raise ValueError(
+                f"LM: the state has {state.tokens.shape[0]} rows and {len(state.layers)} layers, the tokens "
+                f"{tokens.shape[0]} rows and the model {len(self.model.layers)} layers"
+            )
+        rows = pack((tokens.shape[0], tokens.shape[1]), valid, write, reset)
+        x, state = self.model(self.model.embed_tokens(rows.gather(tokens)), state, rows)
+        return rows.scatter(x), state
+
+    def num_parameters(self) -> int:
+        """Number of learned parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def state_bytes(self) -> int:
+        """Bytes of one stream's state before its first token (full attention grows from there)."""
+        return self.initial(1).nbytes()
+
+    def flops_per_token(self) -> int:
+        """Multiply-adds of one token's forward pass, times two; full attention counted without its cache."""
+        return flops_per_token(self.config)
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Floating point operations of one token's forward pass, from the sizes: 2 per multiply-add of a matrix.
+
+    A memory's weight (d_in, d_out) is passed at the key, backwards from its output unless it is the first, at
+    the query for A and S, and twice by the update; in a chunk of C tokens every token meets C others on average
+    in two more products (C d_in and C d_out). A window of w tokens costs 4 w D per head, over the keys that a
+    block reads (2 w).
+    """
+    D, H, width = config.hidden_size, config.num_heads, config.width()
+    C, momentum = config.rule.chunk_size, config.rule.algorithm.momentum
+    gates = len(config.rule.gates())
+    total = 2 * D * config.vocab_size
+    weights = list(config.rule.memory.shapes(width, width).values())
+    memory = 4 * 2 * D * H * width + 2 * D * H * gates
+    for i, (d_in, d_out) in enumerate(weights):
+        passes = 1 + (i > 0) + (1 + momentum) * 2
+        memory += 2 * H * (passes * d_in * d_out + C * (d_in + d_out))
+    attend = 3 * 2 * D * H * width + 4 * H * width * (2 * (config.window_size or 0) + config.num_persistent)
+    out = 2 * H * width * D
+    for i in range(config.num_hidden_layers):
+        kind = config.mixer(i)
+        total += 6 * D * config.inner()
+        total += {"attention": attend + out, "memory": memory + out, "mag": attend + memory - 2 * D * H * width + out}[kind]
+    return total

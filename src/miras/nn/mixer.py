@@ -1,0 +1,84 @@
+"""What every token mixer is: (x, state) -> (y, state), whole, in pieces, ragged or token by token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from miras.core.conv import conv
+from miras.core.rows import Rows, pack
+
+
+class Mixer(nn.Module):
+    """Mixes x (B, T, hidden) along T, carrying a state that is a value.
+
+    A subclass gives `initial` and `mix`; `forward` is the same for all.
+    """
+
+    def initial(self, rows: int, like: Tensor) -> Any:
+        """The state before the first token of `rows` streams."""
+        raise NotImplementedError
+
+    def mix(self, x: Tensor, state: Any, rows: Rows) -> tuple[Tensor, Any]:
+        """x (B, T, hidden) with its rows filled from the front -> (y, state)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        valid: Tensor | None = None,
+        write: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Any]:
+        """(B, T, hidden) -> (B, T, hidden) and the state after; `state=None` begins a new stream.
+
+        valid, write, reset (B, T) bool: a token outside `valid` changes nothing and gives 0; one outside
+        `write` reads the memory without writing; `reset` marks the first token of a document.
+        """
+        rows = pack((x.shape[0], x.shape[1]), valid, write, reset)
+        x = rows.gather(x)
+        y, state = self.mix(x, self.initial(x.shape[0], x) if state is None else state, rows)
+        return rows.scatter(y), state
+
+
+class Projection(nn.Module):
+    """A linear map, then (unless conv_size is 0) a causal depthwise convolution and SiLU: x -> (y, tail).
+
+    The order is Gated DeltaNet's, which Titans follows (papers: Titans 4.4, kernel size 4).
+    """
+
+    def __init__(self, hidden_size: int, width: int, conv_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(hidden_size, width, bias=False)
+        self.conv = nn.Parameter(torch.empty(width, conv_size)) if conv_size else None
+
+    def reset_parameters(self) -> None:
+        """Fan-in scaled weights; a convolution that favours the current token."""
+        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
+        if self.conv is not None:
+            nn.init.normal_(self.conv, std=0.3)
+            with torch.no_grad():
+                self.conv[:, -1] += 0.3
+
+    def initial(self, rows: int, like: Tensor) -> Tensor:
+        """The convolution's tail at a stream's start, (B, conv_size - 1, width); width 0 tokens without one."""
+        size = 1 if self.conv is None else self.conv.shape[1]
+        return like.new_zeros(rows, size - 1, self.proj.out_features)
+
+    def forward(self, x: Tensor, tail: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        y = self.proj(x)
+        if self.conv is not None:
+            y, tail = conv(y, tail.to(y.dtype), self.conv.to(y.dtype), length=rows.length, reset=rows.reset)
+        return torch.nn.functional.silu(y), tail
+
+
+def heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, T, H * D) -> (B, H, T, D)."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge(x: Tensor) -> Tensor:
+    """(B, H, T, D) -> (B, T, H * D)."""
+    return x.transpose(1, 2).flatten(2)
