@@ -14,7 +14,7 @@ from miras.core.bias import L2, Bias
 from miras.core.memory import Matrix, Memory
 from miras.core.observe import observing
 from miras.core.retention import Decay, Retention
-from miras.core.state import Record, Tree, choose
+from miras.core.state import Record, Tree, choose, ordinary
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def check(
         raise ValueError("scan: reset goes back to the initial accumulators; give them as initial=A0")
 
 
+@ordinary
 def recurrence(
     rule: Rule,
     state: State,

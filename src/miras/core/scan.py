@@ -22,12 +22,13 @@ from torch import Tensor
 from miras.core.algorithm import step_bound
 from miras.core.observe import observe, observing
 from miras.core.rule import Masks, Rule, State, check, close_chunk, gate_of, init_state, norm, observed
-from miras.core.state import Tree, choose
+from miras.core.state import Tree, choose, ordinary
 
 ACTIVATION_BYTES = 1 << 26
 """Above this many bytes of per-chunk weights, groups of chunks are recomputed in the backward pass."""
 
 
+@ordinary
 def scan(
     rule: Rule,
     state: State,

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ Tree = dict[str, Tensor]
 
 
 T = TypeVar("T")
+R = TypeVar("R")
+P = ParamSpec("P")
 
 
 def _map(value: Any, fn: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
@@ -92,3 +95,20 @@ def choose(rows: Tensor, yes: T, no: T) -> T:
     """`yes` in the rows (B,) where the mask is true, `no` elsewhere, for any structure of tensors."""
     others = dict(_walk(no, ""))
     return _map(yes, lambda name, x: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, others[name]))
+
+
+def ordinary(fn: Callable[P, R]) -> Callable[P, R]:
+    """Make a function that takes inner gradients work under `torch.inference_mode`, which forbids them.
+
+    Its inputs are copied out of inference mode where needed, and it runs in no-grad mode instead.
+    """
+
+    @wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return fn(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            copy: Any = lambda x: _map(x, lambda _, t: t.clone() if t.is_inference() else t)  # noqa: E731
+            return fn(*map(copy, args), **{n: copy(x) for n, x in kwargs.items()})  # pyright: ignore
+
+    return wrapped

@@ -1,0 +1,1 @@
+"""Training: tasks, optimizer, checkpoints and the loop."""

@@ -1,0 +1,128 @@
+"""The loop: batch, loss, gradient, step; states carried, nothing hidden."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miras.nn.lm import LM
+from miras.train.checkpoint import load_checkpoint, restore, save_checkpoint
+from miras.train.diagnose import first_bad_gradient, first_non_finite
+from miras.train.optimizer import parameter_groups, schedule, set_lr
+from miras.train.price import openness
+from miras.train.tasks import Task, as_tensors
+
+
+class NonFiniteError(RuntimeError):
+    """Training met a number that is not one; the message names where."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to step: see `TrainOptions` for each field."""
+
+    steps: int
+    lr: float = 3e-3
+    own_lr: float = 1.0
+    min_lr: float = 0.1
+    warmup: int = 50
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    write_price: float = 0.0
+    bf16: bool = False
+
+
+class Run:
+    """A model in training: what changes from step to step, and how to save and restore all of it."""
+
+    def __init__(self, model: LM, task: Task, settings: Settings) -> None:
+        self.model, self.task, self.settings = model, task, settings
+        groups = parameter_groups(model, settings.lr, settings.own_lr, settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2))
+        self.step = 0
+        self.tokens = 0
+
+    def advance(self) -> dict[str, float]:
+        """One optimizer step; returns its metrics. Raises NonFiniteError, the model then untouched by the step."""
+        began = time.perf_counter()
+        task, settings = self.task, self.settings
+        self.optimizer.zero_grad(set_to_none=True)
+        set_lr(self.optimizer, schedule(self.step, settings.steps, settings.warmup, settings.min_lr))
+        batches = [task.batch(self.step, micro) for micro in range(task.micro_batches)]
+        weight = max(1.0, float(sum(batch.weight.sum() for batch in batches)))
+        nats, open_share, seen = 0.0, 0.0, 0
+        predicted: Tensor | None = None
+        for micro, batch in enumerate(batches):
+            data = as_tensors(batch)
+            loss, opened, predicted = self._loss(data, micro)
+            objective = loss / weight
+            if settings.write_price and task.asks_price():
+                objective = objective + settings.write_price * opened / task.micro_batches
+            objective.backward()
+            nats += loss.item() / weight
+            open_share += opened.item() / task.micro_batches
+            seen += int(data["valid"].sum())
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        if not torch.isfinite(norm):
+            raise NonFiniteError(
+                f"step {self.step}: the gradient is not finite, first in {first_bad_gradient(self.model)}"
+            )
+        self.optimizer.step()
+        metrics = {"step": self.step, "loss": nats, "bits_per_byte": task.bits_per_byte(nats)}
+        if predicted is not None:
+            metrics |= task.finished(self.step, batches[-1], predicted)
+        self.step += 1
+        self.tokens += seen
+        metrics |= {
+            "tokens": self.tokens,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": float(norm),
+            "open": open_share,
+            "seconds": time.perf_counter() - began,
+        }
+        return metrics
+
+    def _loss(self, data: dict[str, Tensor], micro: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Summed weighted loss in nats, the gates' openness, and the predicted ids (B, T) of a micro-batch."""
+        masks = {"valid": data["valid"], "reset": data["reset"]}
+        state = self.task.states[micro]
+        device = data["tokens"].device.type
+        with openness(self.model) as gates, torch.autocast(device, torch.bfloat16, self.settings.bf16):
+            x, after = self.model.hidden(data["tokens"], state, **masks)
+            at = data["weight"] > 0
+            logits = self.model.lm_head(x[at])
+        loss = F.cross_entropy(logits.float(), data["targets"][at], reduction="none") @ data["weight"][at]
+        if not torch.isfinite(loss):
+            where = first_non_finite(self.model, data["tokens"], state, **masks)
+            raise NonFiniteError(f"step {self.step}: the loss is {loss.item()}; first not finite: {where}")
+        self.task.states[micro] = after.detach()
+        predicted = torch.zeros_like(data["targets"])
+        predicted[at] = logits.detach().argmax(-1)
+        return loss, gates.mean(), predicted
+
+    def save(self, folder: Path, options: dict[str, Any], extra: dict[str, bytes], keep: int) -> Path:
+        """Write a checkpoint of everything; see `miras.train.checkpoint`."""
+        meta = {"step": self.step, "tokens": self.tokens, "task": self.task.to_dict(), "options": options}
+        return save_checkpoint(folder, self.model, self.optimizer, self.task.states, meta, extra, keep)
+
+    @staticmethod
+    def load(path: Path, task: Task, settings: Settings) -> "Run":
+        """The run that a checkpoint holds, to go on exactly."""
+        model, tensors, meta = load_checkpoint(path)
+        run = Run(model, task, settings)
+        task.restore(meta["task"])
+        task.states = restore(model, run.optimizer, tensors, meta)
+        run.step, run.tokens = meta["step"], meta["tokens"]
+        return run
+
+    def until(self, steps: int) -> Iterator[dict[str, float]]:
+        """The metrics of each step up to `steps`."""
+        while self.step < steps:
+            yield self.advance()

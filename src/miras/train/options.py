@@ -1,0 +1,76 @@
+"""What `miras train` can be told; no torch here, so that help is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a model on text (or on needles) and write checkpoints, metrics and the model to a folder."""
+
+    out: Path
+    """Folder for checkpoints, metrics.jsonl and the trained model."""
+    text: tuple[str, ...] = ()
+    """Text to learn: files, .xz .gz .bz2, tar archives, folders or globs. Without it, the embedded novel."""
+    needle: bool = False
+    """Learn to find needles in noise instead of learning text."""
+    preset: str = "titans-mag"
+    """The model; `miras info` shows what each one is."""
+    model: Path | None = None
+    """Start from this model folder instead of a fresh preset."""
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    chunk_size: int | None = None
+    """Tokens that share one gradient point of the memory."""
+    window_size: int | None = None
+    """Tokens that sliding-window attention sees."""
+    num_persistent: int | None = None
+    pattern: tuple[str, ...] | None = None
+    """Mixers of the layers, repeated: attention, memory, mag."""
+    tie_word_embeddings: bool | None = None
+    tokenizer: Path | None = None
+    """A `tokenizers` JSON file; bytes without it."""
+    cache: Path | None = None
+    """Folder for tokenised text; OUT/tokens without it."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 4
+    """Lanes of text read side by side."""
+    seq_len: int = 512
+    """Tokens of a lane in one step; gradients flow through that many."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step, each with its own lanes."""
+    carry: bool = True
+    """Carry each lane's state from one step to the next (truncated backpropagation through time)."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    own_lr: float = 1.0
+    """Learning rate of gates, norms and initial memories, as a multiple of lr."""
+    min_lr: float = 0.1
+    """Learning rate at the end, as a multiple of lr."""
+    warmup: int = 50
+    """Steps of linear warm-up before the cosine."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices; gates, norms and initial memories have none."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    write_price: float = 0.0
+    """Price on writing: times the mean open share of lr and forget gates, added to the loss."""
+    write_price_from: float = 0.3
+    """Running accuracy (needles) from which the price is asked; text asks it from the start."""
+    bf16: bool = False
+    """bf16 autocast; memories stay in fp32."""
+    seed: int = 0
+    threads: int = 0
+    """Torch threads; 0 leaves torch's choice."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    resume: bool = False
+    """Go on from the newest checkpoint in OUT, exactly as if there had been no stop."""

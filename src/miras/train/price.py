@@ -1,0 +1,44 @@
+"""A price on writing: memories that write nothing on filler keep what they hold for longer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from miras.nn.gates import Gates
+
+
+class Openness:
+    """The gates of every memory of a model during one forward pass, as shares of their largest value."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+
+    def add(self, gates: Gates, values: dict[str, Tensor]) -> None:
+        """One memory's `lr` and `forget`, averaged over rows, heads and tokens."""
+        for name, gate in gates.outputs:
+            kind = name.split(".")[0]
+            if kind in ("lr", "forget"):
+                largest = gate.scale * (gates.lr_factor if kind == "lr" else 1.0)
+                self.parts.append(values[name].mean() / largest)
+
+    def mean(self) -> Tensor:
+        """Their sum over kinds, averaged over memories and weights; 0 for a model without memory."""
+        return 2 * torch.stack(self.parts).mean() if self.parts else torch.zeros(())
+
+
+@contextmanager
+def openness(model: nn.Module) -> Iterator[Openness]:
+    """Collect how far the gates open inside the block; gradients flow through it."""
+    seen = Openness()
+    hooks = [
+        module.register_forward_hook(lambda module, _, values: seen.add(module, values))
+        for module in model.modules()
+        if isinstance(module, Gates)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

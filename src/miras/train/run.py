@@ -1,0 +1,257 @@
+"""`miras train`: from options to a trained model folder, with a live bar, metrics and checkpoints."""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from miras.data.novel import load_novel
+from miras.data.tokens import FileTokenizer, Tokenizer, load_tokenizer, prepare
+from miras.nn.config import ModelConfig
+from miras.nn.folder import read_config, save_model, load_model
+from miras.nn.lm import LM
+from miras.presets import override, preset
+from miras.train.checkpoint import checkpoints
+from miras.train.loop import NonFiniteError, Run, Settings
+from miras.train.options import TrainOptions
+from miras.train.tasks import NeedleTraining, Task, TextTask
+
+INTERRUPTED = 130
+FAILED = 1
+
+# What may change between a run and its continuation without changing the numbers.
+_FREE = ("out", "resume", "threads", "checkpoint_every", "keep", "cache", "model")
+
+
+def train(options: TrainOptions) -> int:
+    """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
+    console = Console(stderr=True)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    _check(options)
+    tokenizer = load_tokenizer(options.tokenizer)
+    config = model_config(options, tokenizer.vocab_size)
+    task = _task(options, config, tokenizer)
+    run = _begin(options, config, task)
+    extra = {"tokenizer.json": tokenizer.to_json()} if isinstance(tokenizer, FileTokenizer) else {}
+    metrics = Metrics(options.out / "metrics.jsonl", run.step)
+    console.print(
+        f"{options.preset if options.model is None else options.model}: {run.model.num_parameters():,} parameters, "
+        f"step {run.step} of {options.steps}, {options.out}"
+    )
+    said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+
+    def save() -> Path:
+        return run.save(options.out, said, extra, options.keep)
+
+    if run.step == 0:
+        save()
+    try:
+        with interruptible() as stopped, progress(console, options.steps, run.step) as show:
+            for row in run.until(options.steps):
+                metrics.add(row)
+                show(row)
+                if run.step % options.checkpoint_every == 0 and run.step < options.steps:
+                    save()
+                if stopped():
+                    break
+    except NonFiniteError as error:
+        last = checkpoints(options.out)
+        console.print(f"[bold red]stopped:[/] {error}", highlight=False)
+        console.print(
+            f"The last good checkpoint is {last[-1] if last else 'none'}; lower --lr or --clip and add --resume "
+            f"to go on from it.",
+            highlight=False,
+        )
+        return FAILED
+    finally:
+        metrics.close()
+    path = save()
+    if run.step < options.steps:
+        console.print(f"Interrupted. {path} holds everything: the same command with --resume goes on from there.")
+        return INTERRUPTED
+    save_model(run.model, options.out / "model", extra)
+    console.print(f"The model is {options.out / 'model'}; what each step did is in {metrics.path}.")
+    return 0
+
+
+def _check(options: TrainOptions) -> None:
+    """Refuse what cannot work before any work starts."""
+    for name in ("steps", "batch_size", "seq_len", "accumulate", "checkpoint_every", "keep"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
+    for name in ("lr", "clip", "own_lr"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    if options.needle and (options.text or options.tokenizer):
+        raise ValueError("--needle makes its own text in bytes; leave --text and --tokenizer out")
+    there = checkpoints(options.out) if options.out.exists() else []
+    if there and not options.resume:
+        raise ValueError(
+            f"{options.out} holds a run already ({there[-1].name}); add --resume to go on, or choose another --out"
+        )
+    if options.resume and not there:
+        raise ValueError(f"--resume: {options.out} holds no checkpoint; leave --resume out to begin")
+    if options.resume:
+        before = json.loads((there[-1] / "training.json").read_text())["options"]
+        now = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+        changed = [n for n in now if n not in _FREE and n in before and now[n] != before[n]]
+        # More steps, another learning rate and the like are a choice; another model or other data an error.
+        fixed = [n for n in changed if n not in _ADJUSTABLE]
+        if fixed:
+            raise ValueError(
+                "--resume: the run began with other options: "
+                + ", ".join(f"{n} {before[n]!r}, now {now[n]!r}" for n in fixed)
+            )
+
+
+_ADJUSTABLE = ("steps", "lr", "own_lr", "min_lr", "clip", "weight_decay", "write_price", "warmup")
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "head_dim",
+    "intermediate_size",
+    "chunk_size",
+    "window_size",
+    "num_persistent",
+    "pattern",
+    "tie_word_embeddings",
+)
+
+
+def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
+    """The config that the options describe, for a vocabulary."""
+    changes: dict[str, Any] = {n: getattr(options, n) for n in _SIZES if getattr(options, n) is not None}
+    if options.model is None:
+        return preset(options.preset, vocab_size=vocab_size, **changes)
+    config = read_config(options.model)
+    if changes or config.vocab_size != vocab_size:
+        raise ValueError(
+            f"--model {options.model} has its sizes already (vocabulary {config.vocab_size}, the tokenizer's is "
+            f"{vocab_size}); leave out {', '.join(changes) or 'the tokenizer or give the fitting one'}"
+        )
+    return override(config)
+
+
+def _task(options: TrainOptions, config: ModelConfig, tokenizer: Tokenizer) -> Task:
+    if options.needle:
+        return NeedleTraining(
+            tokens_per_step=options.batch_size * options.seq_len,
+            seed=options.seed,
+            price_from=options.write_price_from,
+        )
+    sizes = {
+        "batch_size": options.batch_size,
+        "seq_len": options.seq_len,
+        "align": config.rule.chunk_size,
+        "seed": options.seed,
+        "micro_batches": options.accumulate,
+        "carry": options.carry,
+    }
+    if not options.text:
+        tokens = tokenizer.encode(load_novel().train)
+        return TextTask(tokens, bytes_per_token=len(load_novel().train) / len(tokens), **sizes)
+    file = prepare(options.text, tokenizer, options.cache or options.out / "tokens")
+    return TextTask(file, bytes_per_token=file.num_bytes / file.num_tokens, **sizes)
+
+
+def _begin(options: TrainOptions, config: ModelConfig, task: Task) -> Run:
+    fields = {f.name for f in dataclasses.fields(Settings)}
+    settings = Settings(**{n: getattr(options, n) for n in fields})
+    if options.resume:
+        return Run.load(checkpoints(options.out)[-1], task, settings)
+    torch.manual_seed(options.seed)
+    model = LM(config) if options.model is None else load_model(options.model)
+    return Run(model, task, settings)
+
+
+class Metrics:
+    """One JSON object per step, appended; a resumed run first drops what came after its checkpoint."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in path.read_text().splitlines() if _step(line) < step] if path.exists() else []
+        self.path = path
+        self.file = path.open("w")
+        self.file.writelines(line + "\n" for line in kept)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Write a step's metrics."""
+        self.file.write(json.dumps({**row, "time": time.time()}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line that a crash cut short
+        return math.inf
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Inside the block the first Ctrl-C only sets a flag, which the yielded function tells; a second one stops."""
+    pressed: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress(console: Console, steps: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    """A live bar with loss, bits per byte, tokens/s and the time left; plain lines where there is no terminal."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[said]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    smooth: dict[str, float] = {}
+    tokens = [0.0]
+
+    def show(row: dict[str, float]) -> None:
+        for name in ("loss", "bits_per_byte", "seconds", "accuracy"):
+            if name in row:
+                smooth[name] = 0.95 * smooth.get(name, row[name]) + 0.05 * row[name]
+        rate = (row["tokens"] - tokens[0]) / max(row["seconds"], 1e-9)
+        smooth["rate"] = 0.9 * smooth.get("rate", rate) + 0.1 * rate if tokens[0] else rate
+        tokens[0] = row["tokens"]
+        said = f"loss {smooth['loss']:.3f}  {smooth['bits_per_byte']:.3f} bits/byte  {smooth['rate']:,.0f} tokens/s"
+        if "accuracy" in row:
+            said += f"  accuracy {smooth['accuracy']:.2f} at {row['length']:.0f}"
+        bar.update(task, completed=row["step"] + 1, said=said)
+        every = max(1, steps // 20)
+        if not console.is_terminal and ((row["step"] + 1) % every == 0 or row["step"] + 1 == steps):
+            console.print(f"step {row['step'] + 1:.0f}/{steps}  {said}", highlight=False)
+
+    with bar:
+        task = bar.add_task("training", total=steps, completed=done, said="")
+        yield show
+
+

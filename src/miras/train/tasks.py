@@ -1,0 +1,134 @@
+"""What a model is trained on. A task gives the batch of a step and says what its loss means."""
+
+import math
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from miras.data.batches import Batch, Lanes
+from miras.data.needle import Curriculum, NeedleTask, score
+from miras.nn.lm import LMState
+
+
+class Task(Protocol):
+    """Batches by step, and the state of the lanes they come from.
+
+    `states` holds, per micro-batch, what each lane has read so far; `finished` is told the predictions of a
+    step and returns further metrics; `to_dict` and `restore` carry what a checkpoint must hold beside states.
+    """
+
+    micro_batches: int
+    states: list[LMState | None]
+
+    def batch(self, step: int, micro: int) -> Batch: ...
+    def finished(self, step: int, batch: Batch, predicted: torch.Tensor) -> dict[str, float]: ...
+    def bits_per_byte(self, nats: float) -> float: ...
+    def asks_price(self) -> bool: ...
+    def to_dict(self) -> dict[str, Any]: ...
+    def restore(self, values: dict[str, Any]) -> None: ...
+
+
+class TextTask:
+    """Next-token prediction on lanes of contiguous text; with `carry`, each lane's state goes on with it."""
+
+    def __init__(
+        self,
+        tokens: Any,
+        offsets: Any = None,
+        *,
+        batch_size: int,
+        seq_len: int,
+        align: int,
+        seed: int,
+        micro_batches: int = 1,
+        carry: bool = True,
+        bytes_per_token: float = 1.0,
+    ) -> None:
+        self.lanes = Lanes(
+            tokens, offsets, batch_size=batch_size, seq_len=seq_len, align=align, seed=seed
+        )
+        self.micro_batches, self.carry, self.bytes_per_token = micro_batches, carry, bytes_per_token
+        self.states: list[LMState | None] = [None] * micro_batches
+
+    def batch(self, step: int, micro: int) -> Batch:
+        return self.lanes.batch(step, micro, self.micro_batches)
+
+    def finished(self, step: int, batch: Batch, predicted: torch.Tensor) -> dict[str, float]:
+        if not self.carry:
+            self.states = [None] * self.micro_batches
+        return {}
+
+    def bits_per_byte(self, nats: float) -> float:
+        return nats / math.log(2) / self.bytes_per_token
+
+    def asks_price(self) -> bool:
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "text"}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        _expect("text", values)
+
+
+class NeedleTraining:
+    """Needles in filler, their contexts growing with success; only the answer is learned."""
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int = 4096,
+        seed: int = 0,
+        curriculum: Curriculum | None = None,
+        digits: int = 5,
+        filler: bytes | None = None,
+        price_from: float = 0.3,
+    ) -> None:
+        self.tokens_per_step, self.seed, self.digits, self.filler = tokens_per_step, seed, digits, filler
+        self.curriculum = curriculum or Curriculum()
+        self.price_from, self.priced = price_from, False
+        self.micro_batches = 1
+        self.states: list[LMState | None] = [None]
+
+    def batch(self, step: int, micro: int) -> Batch:
+        length = self.curriculum.length(self.seed, step)
+        rows = max(1, self.tokens_per_step // length)
+        task = NeedleTask(length, digits=self.digits, filler=self.filler)
+        # Samples are numbered by index, so steps must not overlap whatever their batch size.
+        return task.batch(self.seed, step * self.tokens_per_step // rows, rows)
+
+    def finished(self, step: int, batch: Batch, predicted: torch.Tensor) -> dict[str, float]:
+        self.states = [None]
+        accuracy = float(score(predicted.numpy(), batch).mean())
+        length = batch.tokens.shape[1]
+        self.priced = self.priced or accuracy > self.price_from
+        self.curriculum = self.curriculum.update(accuracy, length)
+        return {"accuracy": accuracy, "length": length, "longest": self.curriculum.max_length}
+
+    def bits_per_byte(self, nats: float) -> float:
+        return nats / math.log(2)
+
+    def asks_price(self) -> bool:
+        return self.priced
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "needle", "curriculum": self.curriculum.to_dict(), "priced": self.priced}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        _expect("needle", values)
+        self.curriculum = Curriculum.from_dict(values["curriculum"])
+        self.priced = values["priced"]
+
+
+def _expect(kind: str, values: dict[str, Any]) -> None:
+    if values.get("kind") != kind:
+        raise ValueError(
+            f"the checkpoint was trained on {values.get('kind')!r}, this run trains on {kind!r}; "
+            f"use the options it began with"
+        )
+
+
+def as_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """A batch's arrays as tensors."""
+    return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in batch._asdict().items()}

@@ -1,0 +1,156 @@
+"""What is read, under which names, in which order, and what every unreadable thing says."""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from miras.data import Document, read_documents
+
+
+def read(*sources: str | Path) -> dict[str, bytes]:
+    documents = list(read_documents(sources))
+    assert len({document.name for document in documents}) == len(documents)
+    return {document.name: document.data for document in documents}
+
+
+def make_tar(path: Path, mode: str, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, mode) as archive:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    return path
+
+
+def test_plain_and_compressed_files(tmp_path: Path):
+    text = "Zeilen\nund Wörter\n".encode() * 100
+    (tmp_path / "plain.txt").write_bytes(text)
+    (tmp_path / "noend").write_bytes(text)
+    for suffix, compress in {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress}.items():
+        (tmp_path / f"{suffix}.txt.{suffix}").write_bytes(compress(text))
+    files = ["plain.txt", "noend", "gz.txt.gz", "xz.txt.xz", "bz2.txt.bz2"]
+    found = read(*(tmp_path / file for file in files))
+    assert list(found) == ["plain.txt", "noend", "gz.txt", "xz.txt", "bz2.txt"]
+    assert set(found.values()) == {text}
+
+
+def test_one_path_needs_no_list(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"a")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == [Document("a.txt", b"a")]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("t.tar", "w"), ("t.tar.gz", "w:gz"), ("t.tgz", "w:gz"), ("t.tar.xz", "w:xz"), ("t.tar.bz2", "w:bz2")],
+)
+def test_archives_are_read_by_name_and_nothing_leaves_them(tmp_path: Path, name: str, mode: str):
+    members = {
+        "z.txt": b"last",
+        "../evil.txt": b"kept inside",
+        "picture": b"\x89PNG\0",
+        "a/b.txt": b"x" * 3000,
+        "empty": b"",
+    }
+    path = make_tar(tmp_path / name, mode, members)
+    assert list(read(path).items()) == [
+        ("../evil.txt", b"kept inside"),
+        ("a/b.txt", b"x" * 3000),
+        ("z.txt", b"last"),
+    ]
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    assert not (tmp_path.parent / "evil.txt").exists()
+
+
+def test_folders_are_read_in_order_of_name(tmp_path: Path):
+    for name in [
+        "b.txt",
+        "a/z.txt",
+        "a/c.txt.gz",
+        ".hidden/x.txt",
+        "a/.secret",
+        "a/none.txt",
+        "a/picture.png",
+    ]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "a/c.txt.gz").write_bytes(gzip.compress(b"zipped"))
+    (tmp_path / "a/none.txt").write_bytes(b"")
+    (tmp_path / "a/picture.png").write_bytes(b"\x89PNG\0\0")
+    make_tar(tmp_path / "a/t.tar.xz", "w:xz", {"in.txt": b"in"})
+    assert list(read(tmp_path).items()) == [
+        ("a/c.txt", b"zipped"),
+        ("a/t.tar.xz/in.txt", b"in"),
+        ("a/z.txt", b"a/z.txt"),
+        ("b.txt", b"b.txt"),
+    ]
+
+
+def test_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ["b.txt", "a.txt", "c.md", "sub/d.txt", "literal[1].txt"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    assert list(read(tmp_path / "?.txt")) == ["a.txt", "b.txt"]
+    assert list(read(tmp_path / "**" / "*.txt")) == ["a.txt", "b.txt", "literal[1].txt", "sub/d.txt"]
+    assert list(read(tmp_path / "literal[1].txt")) == ["literal[1].txt"], (
+        "a file of that name comes before a pattern"
+    )
+    assert len(read(tmp_path / "**")) == 5, "each file once"
+    monkeypatch.chdir(tmp_path)
+    assert list(read("s*")) == ["d.txt"]
+    assert list(read("c.md", "*.txt")) == ["c.md", "a.txt", "b.txt", "literal[1].txt"]
+
+
+def test_what_is_missing_is_named_at_the_call(tmp_path: Path):
+    (tmp_path / "folder").mkdir()
+    for source in ["nothing.txt", "folder", "*.txt"]:
+        with pytest.raises(FileNotFoundError, match=source.replace("*", r"\*")):
+            read_documents([tmp_path / source])
+    with pytest.raises(ValueError, match="at least one file"):
+        read_documents([])
+
+
+def test_what_is_no_text_is_named(tmp_path: Path):
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "utf16.txt").write_bytes("text".encode("utf-16"))
+    make_tar(tmp_path / "binary.tar", "w", {"a": b"\0\0", "b": b""})
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/a.bin").write_bytes(b"\0")
+    for name, reason in {
+        "empty.txt": "is empty",
+        "utf16.txt": "UTF-8",
+        "binary.tar": "no text in",
+        "folder": "no text in",
+        "fold*": "no text in",
+    }.items():
+        with pytest.raises(ValueError, match=reason) as caught:
+            read(tmp_path / name)
+        assert name in str(caught.value)
+
+
+def test_damage_is_an_error_and_never_a_shorter_text(tmp_path: Path):
+    text = bytes(range(1, 256)) * 2000
+    whole = {
+        "a.txt.gz": gzip.compress(text),
+        "a.txt.xz": lzma.compress(text),
+        "a.txt.bz2": bz2.compress(text),
+        "a.tar": make_tar(tmp_path / "x.tar", "w", {"a": text}).read_bytes()[:-20000],
+        "a.tar.gz": make_tar(tmp_path / "x.tar.gz", "w:gz", {"a": text}).read_bytes(),
+        "a.tar.xz": make_tar(tmp_path / "x.tar.xz", "w:xz", {"a": text}).read_bytes(),
+    }
+    for name, data in whole.items():
+        path = tmp_path / name
+        for damaged in (data[: len(data) * 2 // 3], b"not what the name says"):
+            path.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"a\.[a-z.0-9]+' is damaged"):
+                read(path)

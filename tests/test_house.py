@@ -1,0 +1,181 @@
+"""The rules of the house that a machine can check: import arrows, what is cheap to import, what is pinned."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "miras"
+
+# A package may import its own level and those below; no two packages may import each other; `data` is a leaf.
+LEVELS = [
+    {"core"},
+    {"ops"},
+    {"nn"},
+    {"presets"},
+    {"train", "evaluate", "stream", "report"},
+    {"demo", "serve", "hf", "cli", "__main__"},
+]
+LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
+TOP = len(LEVELS) - 1
+DATA_FROM = LEVEL["train"]
+
+
+def modules(source: Path) -> Iterator[tuple[Path, str]]:
+    """Every module below `source` and the top-level name it belongs to."""
+    for path in sorted(source.rglob("*.py")):
+        yield path, path.relative_to(source).parts[0].removesuffix(".py")
+
+
+def imported(path: Path, source: Path) -> Iterator[tuple[str, int]]:
+    """The absolute dotted names a module imports, wherever it does so, with their lines."""
+    package = ["miras", *path.relative_to(source).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield name.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for name in node.names:
+                # `from miras import core` imports miras.core; deeper, the stem alone decides.
+                yield (f"{stem}.{name.name}" if stem == "miras" else stem), node.lineno
+
+
+def wrong_arrows(source: Path) -> list[str]:
+    """Every import under `source` that the house forbids, as readable lines."""
+    wrong: list[str] = []
+    known = {package for _, package in modules(source)}
+    arrows: dict[str, set[str]] = {}
+    for path, package in modules(source):
+        if package == "__init__":
+            continue
+        for name, line in imported(path, source):
+            where = f"{path.relative_to(source)}:{line} imports {name}: "
+            parts = name.split(".")
+            if parts[0] == "transformers" and package != "hf":
+                wrong.append(where + "only hf.py may import transformers")
+            if package == "core" and parts[0] not in {"torch", "miras"} | sys.stdlib_module_names:
+                wrong.append(where + "core imports torch, the standard library and itself only")
+            if parts[0] != "miras":
+                continue
+            target = parts[1] if len(parts) > 1 else ""
+            if package not in LEVEL and package != "data":
+                wrong.append(where + f"{package!r} has no place in LEVELS; give it one")
+            elif target not in known:
+                # A name of the lazy root (or the root itself), which reaches everything.
+                if target != "__version__" and LEVEL.get(package, 0) < TOP:
+                    wrong.append(where + "import from the module that defines it, not from the root")
+            elif target == package:
+                pass
+            elif package == "data":
+                wrong.append(where + "data is a leaf and imports nothing of miras")
+            elif target == "data":
+                if LEVEL[package] < DATA_FROM:
+                    wrong.append(where + f"{package} may not import data")
+            elif target not in LEVEL:
+                wrong.append(where + f"{target!r} has no place in LEVELS; give it one")
+            elif LEVEL[target] > LEVEL[package]:
+                wrong.append(where + f"{package} is below {target}")
+            else:
+                arrows.setdefault(package, set()).add(target)
+    for package, targets in arrows.items():
+        wrong += [
+            f"{package} and {target} import each other"
+            for target in targets
+            if package in arrows.get(target, ())
+        ]
+    return wrong
+
+
+def test_imports_point_one_way():
+    assert wrong_arrows(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "reason"),
+    [
+        ("core/scan.py", "from miras.nn import LM", "core is below nn"),
+        ("core/scan.py", "from ..ops import kernels", "core is below ops"),
+        ("core/scan.py", "from miras import ops", "core is below ops"),
+        ("core/scan.py", "def f():\n    import miras.train.loop", "core is below train"),
+        ("core/scan.py", "import numpy as np", "torch, the standard library and itself only"),
+        ("core/scan.py", "from einops import rearrange", "torch, the standard library and itself only"),
+        ("core/scan.py", "import miras", "not from the root"),
+        ("nn/model.py", "from miras import Session", "not from the root"),
+        ("nn/model.py", "from miras.data.batches import Batch", "nn may not import data"),
+        ("nn/model.py", "import miras.presets", "nn is below presets"),
+        ("presets.py", "from miras import data", "presets may not import data"),
+        ("data/text.py", "from miras.core import rule", "data is a leaf"),
+        ("data/text.py", "from ..train import loop", "data is a leaf"),
+        ("train/loop.py", "from miras.cli import main", "train is below cli"),
+        ("train/loop.py", "from transformers import AutoTokenizer", "only hf.py"),
+        ("train/loop.py", "from miras.report import html", "import each other"),
+        ("extra.py", "from miras.core import rule", "no place in LEVELS"),
+    ],
+)
+def test_a_planted_wrong_arrow_is_caught(tmp_path: Path, module: str, line: str, reason: str):
+    plain = {
+        "__init__.py": "from miras.cli import main",
+        "core/rule.py": "import math\nimport torch\nfrom . import scan\nfrom .scan import chunk",
+        "core/scan.py": "from miras.core import rule",
+        "ops/kernels.py": "from ..core import rule",
+        "nn/model.py": "from miras.core.rule import Rule\nfrom miras import __version__",
+        "presets.py": "from miras.nn.model import Config",
+        "data/text.py": "import numpy\nfrom . import text",
+        "train/loop.py": "from miras.data import text\nfrom miras import presets",
+        "report/html.py": "from miras.train import loop",
+        "hf.py": "import transformers\nimport miras",
+        "cli.py": "from miras import hf, data",
+    }
+    for name, text in plain.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert wrong_arrows(tmp_path) == []
+
+    path = tmp_path / module
+    path.write_text((path.read_text() if path.exists() else "") + "\n" + line)
+    found = wrong_arrows(tmp_path)
+    assert any(reason in each for each in found), found
+
+
+@pytest.mark.parametrize(
+    ("module", "file", "heavy"),
+    [
+        ("miras", "__init__.py", ["torch", "transformers", "numpy"]),
+        ("miras.cli", "cli.py", ["torch", "transformers"]),
+        ("miras.data", "data/__init__.py", ["torch", "transformers"]),
+    ],
+)
+def test_imports_without_torch(module: str, file: str, heavy: list[str]):
+    if not (SOURCE / file).exists():
+        pytest.skip(f"{module} does not exist yet")
+    code = f"import sys, {module}; found = set({heavy}) & sys.modules.keys(); assert not found, found"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_direct_dependencies_are_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["test"], *extras["dev"]]
+    names = {re.split(r"[\[<>=!~; ]", line, maxsplit=1)[0].lower() for line in wanted} - {project["name"]}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = {line.split("==")[0]: line.split("==")[1] for line in lines if line and not line.startswith("#")}
+    assert names - pins.keys() == set()
+    assert not [name for name, version in pins.items() if "+" in version], (
+        "a local version suits one machine only"
+    )
+
+
+def test_no_absolute_machine_paths():
+    pattern = re.compile(r"(?<![\w./])/(?:root|home|work|opt|Users)/\w")
+    for path in [*SOURCE.rglob("*.py"), ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]:
+        assert not pattern.search(path.read_text(encoding="utf-8")), path
