@@ -14,6 +14,7 @@ from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
 from miras.nn.memory import MemoryLayer
 from miras.nn.mixer import Mixer
+from miras.nn.norm import RMSNorm
 from miras.nn.titans import MemoryAsGate
 
 
@@ -45,9 +46,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mixer = build_mixer(config, config.mixer(number))
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.inner())
         self.name = f"layers.{number}"
 
@@ -88,7 +89,7 @@ class Stack(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         nn.init.normal_(self.embed_tokens.weight, std=config.hidden_size**-0.5)
         # Residual branches add up; scaled so that the sum over the depth has the variance of one of them.
         for name, weight in self.layers.named_parameters():

@@ -14,6 +14,7 @@ from miras.core.rule import Rule, State, init_state
 from miras.core.state import Record
 from miras.nn.gates import Gate, Gates, Precise
 from miras.nn.mixer import Mixer, Projection, heads, merge
+from miras.nn.norm import RMSNorm
 from miras.ops import scan
 
 
@@ -144,7 +145,7 @@ class MemoryLayer(Mixer):
             conv_size,
             initial_scale,
         )
-        self.norm = nn.RMSNorm(value_dim, eps=norm_eps)
+        self.norm = RMSNorm(value_dim, eps=norm_eps)
         self.gate = nn.Linear(hidden_size, num_heads * value_dim, bias=False)
         self.out = nn.Linear(num_heads * value_dim, hidden_size, bias=False)
         for linear in (self.gate, self.out):

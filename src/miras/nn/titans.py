@@ -14,6 +14,7 @@ from miras.nn.attention import AttentionReader
 from miras.nn.gates import Gate
 from miras.nn.memory import DEFAULT_GATES, MemoryReader, MemoryState
 from miras.nn.mixer import Mixer
+from miras.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class MemoryAsGate(Mixer):
             conv_size,
             initial_scale,
         )
-        self.norm_a = nn.RMSNorm(width, eps=norm_eps)
-        self.norm_b = nn.RMSNorm(width, eps=norm_eps)
+        self.norm_a = RMSNorm(width, eps=norm_eps)
+        self.norm_b = RMSNorm(width, eps=norm_eps)
         self.out = nn.Linear(width, hidden_size, bias=False)
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
 

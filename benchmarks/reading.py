@@ -1,0 +1,141 @@
+"""Does the memory help to read? titans-mag against its attention-only twin, paired seeds, equal tokens.
+
+Both are trained on the same lanes of text with carried state, then read held-out books as one stream each.
+Resumable: a run that is there is not trained again.
+
+    python benchmarks/reading.py --text novels.tar.xz --heldout Treasure Women Adam_ Nostromo
+
+Without --text the embedded novel serves, split into its training and held-out chapters.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from miras.core.algorithm import GradientDescent
+from miras.core.memory import Matrix
+from miras.core.rule import Rule
+from miras.data.novel import load_novel
+from miras.data.text import read_documents
+from miras.nn.config import ModelConfig
+from miras.nn.folder import load_model, save_model
+from miras.nn.gates import Gate
+from miras.nn.lm import LM
+from miras.presets import attention_twin, preset
+from miras.train.loop import Run, Settings
+from miras.train.tasks import TextTask
+
+
+def config() -> ModelConfig:
+    """About 0.9M parameters: attention blocks and memory-as-gate blocks in turn, window 64, a linear memory."""
+    return preset(
+        "titans-mag",
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_heads=2,
+        pattern=("attention", "mag"),
+        window_size=64,
+        num_persistent=4,
+        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=True), chunk_size=32),
+        gates={"lr": Gate(scale=0.8), "momentum": Gate(scale=0.9), "forget": Gate(bias=-5.0)},
+        initial_scale=0.0,
+        tie_word_embeddings=True,
+    )
+
+
+def parameters(config: ModelConfig) -> int:
+    """Number of parameters of a config's model."""
+    return LM(config).num_parameters()
+
+
+def text(sources: list[str], heldout: list[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Training tokens, their document offsets, and the held-out books by name."""
+    if not sources:
+        novel = load_novel()
+        train = np.frombuffer(novel.train, np.uint8)
+        return train, np.array([0, len(train)]), {novel.title: np.frombuffer(novel.heldout, np.uint8)}
+    books = {d.name: np.frombuffer(d.data, np.uint8) for d in read_documents(sources)}
+    held = {n: x for n, x in books.items() if any(part in n for part in heldout)}
+    train = [x for n, x in books.items() if n not in held]
+    return np.concatenate(train), np.cumsum([0, *map(len, train)]), held
+
+
+def read(model: LM, book: np.ndarray, mode: str, segment: int, piece: int = 8192) -> float:
+    """Mean nats per byte of a book read as one stream: "learning", "frozen" or "reset" at every segment."""
+    total, state, last = 0.0, None, None
+    tokens = torch.from_numpy(book.astype(np.int64))[None]
+    with torch.inference_mode():
+        for at in range(0, tokens.shape[1], piece):
+            x = tokens[:, at : at + piece]
+            place = at + torch.arange(x.shape[1])[None]
+            masks = {}
+            if mode == "frozen":
+                masks["write"] = torch.zeros_like(x, dtype=torch.bool)
+            if mode == "reset":
+                masks["reset"] = place % segment == 0
+            logits, state = model(x, state, **masks)
+            if last is not None:
+                logits = torch.cat([last, logits], 1)
+                x = tokens[:, at - 1 : at + piece]
+            last = logits[:, -1:]
+            total += torch.nn.functional.cross_entropy(logits[0, :-1], x[0, 1:], reduction="sum").item()
+    return total / (tokens.shape[1] - 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", nargs="*", default=[])
+    parser.add_argument("--heldout", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--bytes", type=int, default=131_072, help="bytes read of each held-out book")
+    parser.add_argument("--out", type=Path, default=Path("runs/reading"))
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    tokens, offsets, held = text(options.text, options.heldout)
+    memory = config()
+    twin = attention_twin(memory, parameters(memory), parameters)
+    rows = []
+    for seed in options.seeds:
+        for name, model_config in (("titans-mag", memory), ("twin", twin)):
+            folder = options.out / f"{name}-{seed}"
+            if not (folder / "config.json").exists():
+                torch.manual_seed(seed)
+                task = TextTask(tokens, offsets, batch_size=4, seq_len=512, align=32, seed=seed)
+                run = Run(LM(model_config), task, Settings(steps=options.steps))
+                began = time.process_time()
+                for row in run.until(options.steps):
+                    if row["step"] % 100 == 0:
+                        print(f"{name} {seed} step {row['step']} {row['bits_per_byte']:.3f}", flush=True)
+                took = {"seconds": time.process_time() - began, "tokens": run.tokens}
+                save_model(run.model, folder, {"took.json": json.dumps(took).encode()})
+            model = load_model(folder).eval()
+            took = json.loads((folder / "took.json").read_text())
+            modes = ("learning", "reset", "frozen") if name == "titans-mag" else ("learning",)
+            for mode in modes:
+                nats = [read(model, book[: options.bytes], mode, 2048) for book in held.values()]
+                bits = float(np.mean(nats)) / math.log(2)
+                row = {"model": name, "seed": seed, "mode": mode, "bits_per_byte": bits, **took}
+                row["parameters"] = model.num_parameters()
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.json").write_text(json.dumps(rows, indent=2))
+    pairs = [
+        next(r["bits_per_byte"] for r in rows if r["seed"] == s and r["model"] == "twin")
+        - next(r["bits_per_byte"] for r in rows if r["seed"] == s and r["mode"] == "learning" and r["model"] != "twin")
+        for s in options.seeds
+    ]
+    print(f"twin minus titans-mag, bits per byte, by seed: {[round(p, 4) for p in pairs]}; mean {np.mean(pairs):.4f}")
+    print(dataclasses.asdict(memory)["hidden_size"], "wide;", len(held), "held-out books")
+
+
+if __name__ == "__main__":
+    main()

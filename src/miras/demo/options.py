@@ -1,0 +1,21 @@
+"""What `miras demo` can be told; no torch here, so that help is quick."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Find a needle in a million bytes, learn to read a novel, and leave a report to look at."""
+
+    out: Path = Path("demo")
+    """Folder for the report, the model and the saved memory."""
+    retrain_needle: bool = False
+    """Train the needle model and its twin anew, in about ten minutes, and put them in OUT instead."""
+    needle_bytes: int = 1_000_000
+    """Bytes of filler and needle that are read in act one."""
+    reading_seconds: float = 60.0
+    """Seconds of training in act two; the twin gets as many steps as fit into them."""
+    seed: int = 0
+    threads: int = 0
+    """Torch threads; 0 leaves torch's choice."""

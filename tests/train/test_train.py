@@ -1,0 +1,283 @@
+"""Training: exact resumption, interruption, diagnosis, and the parts of the loop."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miras.data.tokens import FileTokenizer
+from miras.nn.folder import load_model
+from miras.nn.gates import Gate
+from miras.nn.lm import LM
+from miras.presets import attention_twin, preset
+from miras.train.checkpoint import checkpoints, load_checkpoint
+from miras.train.diagnose import first_non_finite
+from miras.train.loop import NonFiniteError, Run, Settings
+from miras.train.optimizer import parameter_groups, schedule
+from miras.train.options import TrainOptions
+from miras.train.price import openness
+from miras.train.run import train
+from miras.train.tasks import NeedleTraining, TextTask
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "window_size": 8, "num_persistent": 2}
+SMALL = {"chunk_size": 4, **TINY}
+
+
+def options(out: Path, **changes) -> TrainOptions:
+    values = {"out": out, "steps": 9, "batch_size": 2, "seq_len": 16, "checkpoint_every": 4, "warmup": 2, **SMALL}
+    return TrainOptions(**(values | changes))
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(len(rows)))
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("extra", [{}, {"accumulate": 2}, {"carry": False}, {"needle": True, "seq_len": 128}])
+def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path, extra):
+    assert train(options(tmp_path / "whole", **extra)) == 0
+    stopped = options(tmp_path / "parts", **extra, checkpoint_every=5)
+    assert train(dataclasses.replace(stopped, steps=9)) == 0
+    # What a crash after step 7 leaves: a checkpoint of step 5 and metrics beyond it.
+    for path in checkpoints(stopped.out):
+        if path.name != "step-5":
+            (path / "training.json").rename(path / "gone")
+            path.rename(path.with_name("dropped" + path.name))
+    assert train(dataclasses.replace(stopped, resume=True)) == 0
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    a, b = (load_model(tmp_path / name / "model").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from miras.train.options import TrainOptions;"
+        "from miras.train.run import train;"
+        f"sys.exit(train(TrainOptions(out=Path({str(tmp_path / 'run')!r}), steps=100000, batch_size=1, seq_len=16,"
+        f" threads=1, **{SMALL!r})))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "--resume" in said and "Traceback" not in said
+    last = checkpoints(tmp_path / "run")[-1]
+    _, _, meta = load_checkpoint(last)
+    assert meta["step"] == len(losses(tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_where(tmp_path, capsys):
+    assert train(options(tmp_path, steps=4)) == 0
+    model = load_model(tmp_path / "model")
+    with torch.no_grad():
+        model.model.layers[1].mixer.memory.v.conv[:8] = 1e38  # head 0 of the second layer overflows
+    run = Run(model, TextTask(np.arange(200) % 251, batch_size=1, seq_len=16, align=4, seed=0), Settings(steps=4))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(NonFiniteError, match=r"layers\.1.*head 0.*token 0"):
+        run.advance()
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_the_command_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    real = Run.advance
+
+    def overflow(self):
+        if self.step == 6:
+            with torch.no_grad():
+                self.model.model.layers[0].mlp.up.weight[0] = torch.inf
+        return real(self)
+
+    monkeypatch.setattr(Run, "advance", overflow)
+    assert train(options(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "model.layers.0.mlp.up.weight" in said and "step-4" in said.replace("\n", "")
+    assert checkpoints(tmp_path)[-1].name == "step-4"
+    model, _, _ = load_checkpoint(checkpoints(tmp_path)[-1])
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_the_first_bad_number_is_found_wherever_it_arises():
+    torch.manual_seed(0)
+    model = LM(preset("swa-lmm", vocab_size=256, **SMALL))
+    tokens = torch.arange(24)[None]
+    assert "no value" in first_non_finite(model, tokens, None)
+    state = model(tokens)[1]
+    bad = state.layers[1].memory.A["w1"].clone()
+    bad[0, 1] = torch.nan
+    memory = dataclasses.replace(state.layers[1].memory, A=state.layers[1].memory.A | {"w1": bad})
+    state = dataclasses.replace(
+        state, layers=(state.layers[0], dataclasses.replace(state.layers[1], memory=memory))
+    )
+    assert "layers.1, head 1, token 0" in first_non_finite(model, tokens, state)
+
+
+@pytest.mark.parametrize("file", ["training.safetensors", "model.safetensors", "training.json"])
+def test_a_corrupt_checkpoint_is_refused_by_name(tmp_path, file):
+    assert train(options(tmp_path, steps=4)) == 0
+    path = checkpoints(tmp_path)[-1] / file
+    data = bytearray(path.read_bytes())
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=path.parent.name):
+        load_checkpoint(path.parent)
+    if file == "training.safetensors":
+        data[-3] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="corrupt"):
+            load_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "--steps must be at least 1"),
+        ({"seq_len": 18}, "multiple"),
+        ({"preset": "titan-mag"}, "perhaps you meant 'titans-mag'"),
+        ({"lr": -1.0}, "--lr must be positive"),
+        ({"resume": True}, "holds no checkpoint"),
+        ({"text": ("no-such-file.txt",)}, "no-such-file.txt"),
+        ({"needle": True, "text": ("a.txt",)}, "--needle"),
+        ({"pattern": ("memry",)}, "memry"),
+        ({"model": Path("no-such-model")}, "no-such-model"),
+    ],
+)
+def test_wrong_options_are_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(options(tmp_path / "run", **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_existing_run_is_not_overwritten_nor_resumed_as_another(tmp_path):
+    assert train(options(tmp_path, steps=4)) == 0
+    with pytest.raises(ValueError, match="add --resume"):
+        train(options(tmp_path, steps=4))
+    with pytest.raises(ValueError, match="hidden_size 16, now 32"):
+        train(options(tmp_path, resume=True, hidden_size=32))
+
+
+def test_a_tokenizer_file_in_place_of_bytes(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    text = "the memory learns while it reads. " * 40
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text(text)
+    file = tmp_path / "tokenizer.json"
+    assert train(options(tmp_path / "run", text=(str(tmp_path / "a.txt"),), tokenizer=file, steps=2)) == 0
+    tokenizer = FileTokenizer(tmp_path / "run" / "model")
+    model = load_model(tmp_path / "run" / "model")
+    assert model.config.vocab_size == tokenizer.vocab_size
+    assert tokenizer.decode(tokenizer.encode(text)) .strip() == text.strip()
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    ratio = len(text) / len(tokenizer.encode(text))
+    assert row["bits_per_byte"] == pytest.approx(row["loss"] / np.log(2) / ratio, rel=0.05)
+
+
+def test_micro_batches_add_up_to_the_gradient_of_one_batch():
+    tokens = np.random.default_rng(0).integers(0, 256, 600)
+    config = preset("titans-mag", vocab_size=256, **SMALL)
+    gradients = []
+    for rows, micro in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        task = TextTask(tokens, batch_size=rows, seq_len=16, align=4, seed=0, micro_batches=micro)
+        run = Run(LM(config), task, Settings(steps=1, clip=1e9))
+        run.advance()
+        gradients.append([p.grad for p in run.model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_carried_states_go_on_where_the_text_does():
+    tokens = np.random.default_rng(0).integers(0, 256, 300)
+    torch.manual_seed(0)
+    model = LM(preset("titans-mag", vocab_size=256, **SMALL))
+    task = TextTask(tokens, batch_size=1, seq_len=16, align=4, seed=0)
+    run = Run(model, task, Settings(steps=3, lr=1e-12, own_lr=1.0, weight_decay=0.0))
+    carried = [run.advance()["loss"] for _ in range(3)]
+    with torch.no_grad():
+        logits, _ = model(torch.from_numpy(tokens[None, :48]))
+    nats = torch.nn.functional.cross_entropy(logits[0], torch.from_numpy(tokens[1:49]), reduction="none")
+    assert carried == pytest.approx(nats.view(3, 16).mean(1).tolist(), rel=1e-5)
+
+
+def test_weight_decay_and_learning_rates_go_where_they_should():
+    model = LM(preset("titans-mag", vocab_size=256, **SMALL))
+    matrices, own = parameter_groups(model, 1.0, 0.5, 0.1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in (matrices, own))
+    assert decayed | kept == set(names.values()) and not decayed & kept
+    assert own["weight_decay"] == 0 and own["lr"] == 0.5 and matrices["weight_decay"] == 0.1
+    for name in kept:
+        assert any(part in name for part in ("norm", "gates", "A0", "conv", "persistent", "embed")), name
+    for name in decayed:
+        assert name.endswith("weight") and "norm" not in name and "gates" not in name, name
+
+
+def test_the_schedule_warms_up_and_falls_to_its_floor():
+    shares = [schedule(step, 100, 10, 0.1) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1) and max(shares) == 1.0 and shares[9] == 1.0
+    assert all(a >= b for a, b in zip(shares[9:], shares[10:], strict=False))
+    assert schedule(100, 100, 10, 0.1) == pytest.approx(0.1)
+
+
+def test_the_price_closes_the_gates():
+    config = preset("swa-lmm", vocab_size=256, gates={"lr": Gate(link="hard")}, **SMALL)
+    opened = []
+    for price in (0.0, 50.0):
+        torch.manual_seed(0)
+        task = TextTask(np.arange(400) % 7, batch_size=2, seq_len=16, align=4, seed=0)
+        run = Run(LM(config), task, Settings(steps=30, warmup=1, lr=1e-2, write_price=price))
+        rows = list(run.until(30))
+        opened.append(rows[-1]["open"])
+    assert opened[1] < 0.5 * opened[0]
+    with openness(LM(preset("transformer", vocab_size=256, hidden_size=16, num_heads=2))) as gates:
+        assert gates.mean() == 0
+
+
+def test_bf16_trains_and_its_memory_stays_exact():
+    torch.manual_seed(0)
+    model = LM(preset("titans-mag", vocab_size=256, **SMALL))
+    task = TextTask(np.arange(400) % 7, batch_size=2, seq_len=16, align=4, seed=0)
+    run = Run(model, task, Settings(steps=20, warmup=1, lr=1e-2, bf16=True))
+    rows = list(run.until(20))
+    assert rows[-1]["loss"] < 0.7 * rows[0]["loss"]
+    memory = run.task.states[0].layers[0].memory.memory
+    assert all(x.dtype == torch.float32 for x in memory.A.values())
+
+
+def test_needles_get_longer_with_success_and_are_paid_for():
+    task = NeedleTraining(tokens_per_step=512, seed=0)
+    batch = task.batch(0, 0)
+    assert batch.tokens.shape == (4, 128) and not task.asks_price()
+    for step in range(30):
+        batch = task.batch(step, 0)
+        row = task.finished(step, batch, torch.from_numpy(batch.targets))
+    assert row["longest"] > 128 and task.asks_price()
+    again = NeedleTraining(tokens_per_step=512, seed=0)
+    again.restore(json.loads(json.dumps(task.to_dict())))
+    assert again.curriculum == task.curriculum and again.priced
+    with pytest.raises(ValueError, match="trained on 'needle'"):
+        TextTask(np.arange(100), batch_size=1, seq_len=16, align=4, seed=0).restore(task.to_dict())
+
+
+def test_the_twin_has_the_same_size_and_no_memory():
+    config = preset("titans-mag", vocab_size=256, hidden_size=64, window_size=8, num_persistent=2)
+    count = lambda c: LM(c).num_parameters()  # noqa: E731
+    twin = attention_twin(config, count(config), count)
+    assert set(twin.pattern) == {"attention"} and twin.window_size == 8
+    assert count(twin) == pytest.approx(count(config), rel=0.01)
