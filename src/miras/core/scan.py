@@ -134,7 +134,7 @@ def grid(phase: Tensor, valid: Tensor, reset: Tensor, chunk_size: int) -> Tensor
     size = torch.zeros(B, T + 1, dtype=torch.long, device=valid.device)
     size = size.scatter_add(1, document, valid.long())
     before = size.cumsum(1) - size  # valid tokens of the call before each document
-    lead = F.pad(torch.where(size[:, :1] > 0, phase[:, None], 0), (0, T))
+    lead = F.pad(phase[:, None], (0, T))  # what the open chunk holds already
     room = -(-(size + lead) // chunk_size) * chunk_size
     base = room.cumsum(1) - room + lead
     place = base.gather(1, document) + valid.cumsum(1) - 1 - before.gather(1, document)
@@ -178,7 +178,6 @@ def _ragged(
     phase = state.phase
     everyone = occupied[..., -1].all(0).tolist()
     for j in range(N):
-        phase = torch.where(starts[:, j], 0, phase)
         phase = torch.where(last[:, j] > 0, last[:, j] % C, phase)
         ends.append(True if everyone[j] else phase)
     anyone = starts.any(0).tolist()

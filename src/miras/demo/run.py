@@ -1,0 +1,134 @@
+"""`miras demo`: three acts, a table, and a page."""
+
+import importlib.metadata
+import platform
+from datetime import UTC, datetime
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from miras.data.novel import load_novel
+from miras.demo.meter import Clock, bar
+from miras.demo.needle import STEPS, load, retrain
+from miras.demo.needle_act import needle_act
+from miras.demo.options import DemoOptions
+from miras.demo.reading_act import reading_act, surprise_act
+from miras.nn.lm import LM
+from miras.report import (
+    DemoReport,
+    Header,
+    HeadlineRow,
+    LearningAct,
+    ModelCard,
+    NeedleAct,
+    Timing,
+    write_report,
+)
+
+METHOD = [
+    "Everything on this page was measured in this run, except where it says that it was shipped.",
+    "Bits per byte: mean cross-entropy of the next byte, in bits. Process memory: resident, all of Python and "
+    "torch included.",
+    "Surprise: momentary is the norm of the inner gradient, accumulated the norm of the momentum S, predictive "
+    "the loss of the next byte.",
+]
+
+
+def demo(options: DemoOptions) -> int:
+    """Run the three acts and write OUT/report.html; the exit status."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.needle_bytes < 4096:
+        raise ValueError(f"--needle-bytes must be at least 4096, got {options.needle_bytes}")
+    if not options.reading_seconds > 0:
+        raise ValueError(f"--reading-seconds must be positive, got {options.reading_seconds}")
+    console = Console()
+    whole = Clock()
+    options.out.mkdir(parents=True, exist_ok=True)
+    models = _retrained(options, console) if options.retrain_needle else load()
+
+    clock = Clock()
+    first = needle_act(models, options.needle_bytes, options.seed, console)
+    timings = [Timing("a needle in a million", clock())]
+
+    clock = Clock()
+    novel = load_novel()
+    second, reader, steps = reading_act(novel, options.out, options.reading_seconds, options.seed, console)
+    timings.append(Timing("learning to read", clock()))
+
+    clock = Clock()
+    console.print("\n[bold]Look.[/]")
+    page = surprise_act(reader, novel)
+    rows = headline(first, second)
+    header = Header(
+        models=[
+            ModelCard("needle model", models["memory"].num_parameters(), "memory", "attention, then memory"),
+            ModelCard("its twin", models["twin"].num_parameters(), "twin", "attention only"),
+            ModelCard("reader", reader.num_parameters(), "memory", f"titans-mag, {steps:,} steps in this run"),
+        ],
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        commands=["make demo", f"miras demo --seed {options.seed}", "miras demo --retrain-needle"],
+        versions={
+            "miras": importlib.metadata.version("miras-torch"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        timings=timings,
+        hardware=f"{platform.machine()}, {torch.get_num_threads()} threads",
+    )
+    report = DemoReport(header, rows, first, second, page, METHOD)
+    path = write_report(options.out / "report.html", report)
+    table = Table("", "with memory", "compared with", title="What happened", title_justify="left")
+    for row in rows:
+        table.add_row(row.label, row.value, row.comparison)
+    for timing in (*timings, Timing("look", clock())):
+        table.add_row(timing.label, f"{timing.seconds:.0f} s", "")
+    console.print(table)
+    console.print(f"{whole():.0f} s in all. Look at [bold]{path}[/]", highlight=False)
+    return 0
+
+
+def headline(first: NeedleAct, second: LearningAct) -> list[HeadlineRow]:
+    """The rows of the closing table, whatever they say."""
+    low, high = min(first.process_memory[0].y), max(first.process_memory[0].y)
+    by_name = {a.condition: a.bits_per_byte for a in second.averages}
+    saved = second.saved
+    assert saved is not None
+    return [
+        HeadlineRow(
+            f"needle at {first.bytes_read:,} bytes",
+            f"{first.answer} {'(right)' if first.correct else '(wrong)'}",
+            f"attention only: {first.twin_answer} {'(right)' if first.twin_correct else '(wrong)'}",
+            f"the number was {first.value}",
+        ),
+        HeadlineRow(
+            "reading speed, process memory",
+            f"{first.bytes_per_second:,.0f} bytes/s, {low:,.0f} to {high:,.0f} MB",
+            "",
+            "one stream, batch 1",
+        ),
+        HeadlineRow(
+            "held-out bits per byte",
+            f"{by_name['memory learning']:.3f}",
+            ", ".join(f"{name} {bits:.3f}" for name, bits in by_name.items() if name != "memory learning"),
+            "one short training; see the fair reading",
+        ),
+        HeadlineRow(
+            "memory saved and loaded in a fresh process",
+            f"{saved.bytes:,} bytes",
+            f"largest difference {saved.max_difference:g}",
+            saved.compared,
+        ),
+    ]
+
+
+def _retrained(options: DemoOptions, console: Console) -> dict[str, LM]:
+    """Both needle models, trained anew by the committed recipe."""
+    with bar(console, "training needle models", 2 * STEPS) as show:
+
+        def tell(name: str, row: dict[str, float]) -> None:
+            done = row["step"] + 1 + (STEPS if name == "twin" else 0)
+            show(done, f"{name}: accuracy {row['accuracy']:.2f} at {row['length']:,.0f} bytes")
+
+        return {n: m.eval() for n, m in retrain(options.out / "needle", options.seed, tell).items()}
