@@ -11,7 +11,7 @@ STAMP := $(VENV)/.stamp
 
 help:
 	@echo "make env        make the environment $(VENV) (done by the others when missing or stale)"
-	@echo "make demo       train a small model on a CPU, stream through it and write a report"
+	@echo "make demo       find a needle in a million bytes, learn to read, write demo/report.html"
 	@echo "make test       the suite a change must pass: lint, format, types, tests"
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and pyright only"
@@ -50,6 +50,6 @@ lint: $(STAMP)
 
 # Runs, checkpoints and token caches are the user's and stay. So does the environment: `rm -rf .venv` removes it.
 clean:
-	rm -rf build dist demo-out .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 	find src -name "*.egg-info" -type d -prune -exec rm -rf {} + 2>/dev/null || true
