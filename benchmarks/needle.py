@@ -22,7 +22,9 @@ FULL = ((2048, 200, 100), (16_384, 200, 100), (131_072, 64, 64), (1_000_000, 16,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--models", type=Path)
     parser.add_argument("--write", type=Path)
@@ -52,14 +54,23 @@ def main() -> None:
                 del row["track"]
                 if track:
                     watched = needle_accuracy(
-                        model, NeedleTask(length, depth=0.01), n=1, batch_size=1, seed=options.seed, track=True, bins=20
+                        model,
+                        NeedleTask(length, depth=0.01),
+                        n=1,
+                        batch_size=1,
+                        seed=options.seed,
+                        track=True,
+                        bins=20,
                     ).track
                     assert watched is not None
                     row["write_rate"] = {k: [round(v, 6) for v in x] for k, x in watched.write_rate.items()}
                     row["weight"] = {k: [round(v, 4) for v in x] for k, x in watched.weight.items()}
                 rows.append(row)
                 share = f"{100 * result.accuracy:.1f} % [{100 * result.low:.1f}, {100 * result.high:.1f}]"
-                print(f"{name:7} {kind} {length:9,} bytes, {n:3} samples: {share}, {result.seconds:.0f} s", flush=True)
+                print(
+                    f"{name:7} {kind} {length:9,} bytes, {n:3} samples: {share}, {result.seconds:.0f} s",
+                    flush=True,
+                )
     if options.write is not None:
         options.write.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -89,7 +89,9 @@ def read(model: LM, book: np.ndarray, mode: str, segment: int, piece: int = 8192
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--heldout", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -130,10 +132,16 @@ def main() -> None:
     (options.out / "results.json").write_text(json.dumps(rows, indent=2))
     pairs = [
         next(r["bits_per_byte"] for r in rows if r["seed"] == s and r["model"] == "twin")
-        - next(r["bits_per_byte"] for r in rows if r["seed"] == s and r["mode"] == "learning" and r["model"] != "twin")
+        - next(
+            r["bits_per_byte"]
+            for r in rows
+            if r["seed"] == s and r["mode"] == "learning" and r["model"] != "twin"
+        )
         for s in options.seeds
     ]
-    print(f"twin minus titans-mag, bits per byte, by seed: {[round(p, 4) for p in pairs]}; mean {np.mean(pairs):.4f}")
+    print(
+        f"twin minus titans-mag, bits per byte, by seed: {[round(p, 4) for p in pairs]}; mean {np.mean(pairs):.4f}"
+    )
     print(dataclasses.asdict(memory)["hidden_size"], "wide;", len(held), "held-out books")
 
 

@@ -13,7 +13,12 @@ from miras.core.memory import MLP, Matrix
 from miras.core.retention import Decay
 from miras.core.rule import Rule
 
-MEMORIES = (Matrix(), MLP(depth=1), MLP(depth=2, expansion=2), MLP(depth=3, expansion=1, residual=False, norm=False))
+MEMORIES = (
+    Matrix(),
+    MLP(depth=1),
+    MLP(depth=2, expansion=2),
+    MLP(depth=3, expansion=1, residual=False, norm=False),
+)
 BIASES = (L2(), Dot())
 RETENTIONS = (Decay(), Decay(decayed=True))
 ALGORITHMS = tuple(GradientDescent(*flags) for flags in itertools.product((False, True), repeat=2))
@@ -45,7 +50,9 @@ class Problem:
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-        self.A0 = {n: randn(H, *shape).div(shape[0] ** 0.5) for n, shape in rule.memory.shapes(Dk, Dv).items()}
+        self.A0 = {
+            n: randn(H, *shape).div(shape[0] ** 0.5) for n, shape in rule.memory.shapes(Dk, Dv).items()
+        }
         self.q, self.k = randn(B, H, T, Dk), torch.nn.functional.normalize(randn(B, H, T, Dk), dim=-1)
         self.v = randn(B, H, T, Dv)
         self.gates: dict[str, Tensor] = {}
@@ -63,7 +70,9 @@ class Problem:
             x.requires_grad_()
 
     def leaves(self) -> dict[str, Tensor]:
-        return {"q": self.q, "k": self.k, "v": self.v} | self.gates | {f"A0.{n}": a for n, a in self.A0.items()}
+        return (
+            {"q": self.q, "k": self.k, "v": self.v} | self.gates | {f"A0.{n}": a for n, a in self.A0.items()}
+        )
 
     @staticmethod
     def generator(name: str) -> torch.Generator:
@@ -80,7 +89,7 @@ class Problem:
         return [slice(a, b) for a, b in itertools.pairwise([0, *inside, self.T])]
 
     def run(self, function, cuts: list[slice], **changed: Tensor):
-        """Feed the stream through `recurrence` or `scan` in pieces: reads (B, H, T, Dv) and the last state."""
+        """Feed the stream through `recurrence` or `scan` in pieces: reads and the last state."""
         from miras.core.rule import init_state
 
         q, k, v = (changed.get(n, getattr(self, n)) for n in ("q", "k", "v"))
@@ -107,7 +116,10 @@ class Problem:
         )
         leaves = self.leaves()
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return {n: torch.zeros_like(x) if d is None else d for (n, x), d in zip(leaves.items(), found, strict=True)}
+        return {
+            n: torch.zeros_like(x) if d is None else d
+            for (n, x), d in zip(leaves.items(), found, strict=True)
+        }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-9) -> None:

@@ -1,6 +1,7 @@
 """Training: exact resumption, interruption, diagnosis, and the parts of the loop."""
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -32,7 +33,15 @@ SMALL = {"chunk_size": 4, **TINY}
 
 
 def options(out: Path, **changes) -> TrainOptions:
-    values = {"out": out, "steps": 9, "batch_size": 2, "seq_len": 16, "checkpoint_every": 4, "warmup": 2, **SMALL}
+    values = {
+        "out": out,
+        "steps": 9,
+        "batch_size": 2,
+        "seq_len": 16,
+        "checkpoint_every": 4,
+        "warmup": 2,
+        **SMALL,
+    }
     return TrainOptions(**(values | changes))
 
 
@@ -62,8 +71,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     code = (
         "import sys; from pathlib import Path; from miras.train.options import TrainOptions;"
         "from miras.train.run import train;"
-        f"sys.exit(train(TrainOptions(out=Path({str(tmp_path / 'run')!r}), steps=100000, batch_size=1, seq_len=16,"
-        f" threads=1, **{SMALL!r})))"
+        f"sys.exit(train(TrainOptions(out=Path({str(tmp_path / 'run')!r}), steps=100000, batch_size=1,"
+        f" seq_len=16, threads=1, **{SMALL!r})))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -84,7 +93,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_where(tmp_path, capsys):
     model = load_model(tmp_path / "model")
     with torch.no_grad():
         model.model.layers[1].mixer.memory.v.conv[:8] = 1e38  # head 0 of the second layer overflows
-    run = Run(model, TextTask(np.arange(200) % 251, batch_size=1, seq_len=16, align=4, seed=0), Settings(steps=4))
+    run = Run(
+        model, TextTask(np.arange(200) % 251, batch_size=1, seq_len=16, align=4, seed=0), Settings(steps=4)
+    )
     before = {n: p.clone() for n, p in model.named_parameters()}
     with pytest.raises(NonFiniteError, match=r"layers\.1.*head 0.*token 0"):
         run.advance()
@@ -182,7 +193,7 @@ def test_a_tokenizer_file_in_place_of_bytes(tmp_path):
     tokenizer = FileTokenizer(tmp_path / "run" / "model")
     model = load_model(tmp_path / "run" / "model")
     assert model.config.vocab_size == tokenizer.vocab_size
-    assert tokenizer.decode(tokenizer.encode(text)) .strip() == text.strip()
+    assert tokenizer.decode(tokenizer.encode(text)).strip() == text.strip()
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     ratio = len(text) / len(tokenizer.encode(text))
     assert row["bits_per_byte"] == pytest.approx(row["loss"] / np.log(2) / ratio, rel=0.05)
@@ -231,7 +242,7 @@ def test_weight_decay_and_learning_rates_go_where_they_should():
 def test_the_schedule_warms_up_and_falls_to_its_floor():
     shares = [schedule(step, 100, 10, 0.1) for step in range(100)]
     assert shares[0] == pytest.approx(0.1) and max(shares) == 1.0 and shares[9] == 1.0
-    assert all(a >= b for a, b in zip(shares[9:], shares[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(shares[9:]))
     assert schedule(100, 100, 10, 0.1) == pytest.approx(0.1)
 
 

@@ -110,7 +110,9 @@ def _visible(position: Tensor, start: Tensor, places: Tensor, size: int | None) 
     return seen if size is None else seen & (place > here - size)
 
 
-def _softmax_read(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, free: tuple[Tensor, Tensor] | None) -> Tensor:
+def _softmax_read(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, free: tuple[Tensor, Tensor] | None
+) -> Tensor:
     """Attention of q (..., H, T, D) over k, v (..., H, L, D) where seen (..., T, L), and over what persists.
 
     `free` holds the persistent tokens' scores (..., H, T, P), not yet scaled, and values (H, P, D).

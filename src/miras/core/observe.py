@@ -1,6 +1,6 @@
 """One channel through which a running memory can be watched, without touching any signature."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -43,7 +43,7 @@ def observing() -> Observation | None:
 
 
 @contextmanager
-def observe(active: bool = True) -> Iterator[Observation]:
+def observe(active: bool = True) -> Generator[Observation, None, None]:
     """Collect what every memory does inside the block; `active=False` closes an outer observation instead."""
     seen = Observation()
     token = _open.set(seen if active else None)
@@ -54,7 +54,7 @@ def observe(active: bool = True) -> Iterator[Observation]:
 
 
 @contextmanager
-def layer(name: str) -> Iterator[None]:
+def layer(name: str) -> Generator[None, None, None]:
     """Name the layer whose memory runs inside the block."""
     seen = _open.get()
     if seen is None:

@@ -44,7 +44,10 @@ class Rows:
 
 
 def pack(
-    shape: tuple[int, int], valid: Tensor | None = None, write: Tensor | None = None, reset: Tensor | None = None
+    shape: tuple[int, int],
+    valid: Tensor | None = None,
+    write: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> Rows:
     """The masks (B, T) of a batch, packed. Raises ValueError when one is not a bool mask of that shape."""
     for name, mask in (("valid", valid), ("write", write), ("reset", reset)):

@@ -43,7 +43,9 @@ class Rule:
                     f"write for instance Rule({name}={_EXAMPLES[name]})"
                 )
         if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:  # pyright: ignore
-            raise ValueError(f"Rule: chunk_size must be a whole number of at least 1, got {self.chunk_size!r}")
+            raise ValueError(
+                f"Rule: chunk_size must be a whole number of at least 1, got {self.chunk_size!r}"
+            )
 
     def gates(self) -> tuple[str, ...]:
         """Names of the gates the four choices read, each given once per token and head."""
@@ -106,7 +108,7 @@ def init_state(rule: Rule, A0: Tree) -> State:
     if {n: tuple(a.shape) for n, a in A0.items()} != {n: (B, H, *shape) for n, shape in expected.items()}:
         raise ValueError(
             f"init_state: {type(rule.memory).__name__} at widths {d_key}, {last.shape[-1]} needs weights "
-            f"{expected} behind (B, H); got {({n: tuple(a.shape) for n, a in A0.items()})}"
+            f"{expected} behind (B, H); got { ({n: tuple(a.shape) for n, a in A0.items()}) }"
         )
     retained, recent = {}, {}
     if rule.retention.decayed:
@@ -164,9 +166,7 @@ def check(
         if name not in known:
             raise ValueError(f"scan: unknown gate {name!r}; this rule reads {', '.join(rule.gates())}")
         if gate.shape != (B, H, T):
-            raise ValueError(
-                f"scan: gate {name!r} must be (B, H, T) = {(B, H, T)}, got {tuple(gate.shape)}"
-            )
+            raise ValueError(f"scan: gate {name!r} must be (B, H, T) = {(B, H, T)}, got {tuple(gate.shape)}")
     for name in rule.gates():
         if name not in gates and not all(f"{name}.{n}" in gates for n in want):
             raise ValueError(f"scan: gate {name!r} is missing; this rule reads {', '.join(rule.gates())}")
@@ -282,7 +282,11 @@ def observed(rule: Rule, gates: Tree, lr: Tree, writes: Tensor | None) -> Tree:
             own = name.removeprefix("lr.")
             taken = lr[own] if own in lr else next(x for n, x in lr.items() if f"lr.{n}" not in gates)
             mask = None if writes is None else writes.view(writes.shape[0], 1, *writes.shape[1:])
-            shown[name] = taken if mask is None else taken * mask.reshape(mask.shape + (1,) * (taken.dim() - mask.dim()))
+            shown[name] = (
+                taken
+                if mask is None
+                else taken * mask.reshape(mask.shape + (1,) * (taken.dim() - mask.dim()))
+            )
     return shown
 
 

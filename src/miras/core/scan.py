@@ -48,7 +48,7 @@ def scan(
     """
     masks = Masks(valid, write, reset)
     check(rule, state, q, k, v, gates, masks, initial)
-    B, _, T, _ = q.shape
+    T = q.shape[2]
     if T == 0:
         return v.new_zeros(v.shape), state
     fresh = None if initial is None else init_state(rule, initial)
@@ -154,7 +154,9 @@ def _ragged(
     place = grid(state.phase, valid, reset, C)
     N = max(1, -(-(int(place.max()) + 1) // C))
     source = torch.full((B, N * C + 1), T, dtype=torch.long, device=q.device)
-    source = source.scatter(1, torch.where(valid, place, N * C), torch.arange(T, device=q.device).expand(B, T))
+    source = source.scatter(
+        1, torch.where(valid, place, N * C), torch.arange(T, device=q.device).expand(B, T)
+    )
     source = source[:, : N * C]
     there = source < T
 
@@ -254,7 +256,7 @@ def _run_recomputed(
         return (y, *(end.tensors()[name] for name in names))
 
     leaves = [x for part in parts for x in part.values()]
-    y, *end = _Recompute.apply(again, *chunks[:3], *leaves)  # pyright: ignore
+    y, *end = _Recompute.apply(again, *chunks[:3], *leaves)
     return y, state.with_tensors(dict(zip(names, end, strict=True)))
 
 
@@ -278,9 +280,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
-        inputs = [
-            x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)
-        ]
+        inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad(), observe(active=False):
             outputs = ctx.fn(*inputs)
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
@@ -298,7 +298,7 @@ def _run(
     if chunks.starts[0] is not None and fresh is not None:
         state = choose(chunks.starts[0], fresh, state)
     table = _coefficients(rule, state, chunks)
-    per_chunk = {n: [Coefficients(*parts) for parts in _unbind(c)] for n, c in table.items()}
+    per_chunk = {n: _by_chunk(c) for n, c in table.items()}
     gates = {name: g.unbind(2) for name, g in chunks.gates.items()}
     q, k, v = (x.unbind(2) for x in chunks[:3])
     reads: list[Tensor] = []
@@ -325,7 +325,7 @@ def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, pha
     """The state after a piece of a chunk: `recent` takes the piece's keys and steps at their places."""
     recent = state.recent
     if rule.algorithm.step_bound:
-        B, H, n, d_key = k.shape
+        B, H, n, _ = k.shape
         slots = chunks.slots.expand(B, n)
         write = None if chunks.write is None else chunks.write[:, j]
 
@@ -356,9 +356,9 @@ class Coefficients(NamedTuple):
     H0: Tensor | None
 
 
-def _unbind(c: Coefficients) -> list[tuple[Tensor | None, ...]]:
-    N = c.lr.shape[2]
-    return list(zip(*([None] * N if x is None else x.unbind(2) for x in c), strict=True))
+def _by_chunk(c: Coefficients) -> list[Coefficients]:
+    parts: list[Any] = [[None] * c.lr.shape[2] if x is None else x.unbind(2) for x in c]
+    return [Coefficients(*chunk) for chunk in zip(*parts, strict=True)]
 
 
 def products(a: Tensor) -> Tensor:

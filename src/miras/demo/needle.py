@@ -66,9 +66,11 @@ def retrain(
     for name, config in needle_configs().items():
         torch.manual_seed(seed)
         run = Run(LM(config), NeedleTraining(seed=seed), SETTINGS)
+        longest = 0.0
         for row in run.until(steps):
+            longest = row["longest"]
             show(name, row)
-        about = {"steps": steps, "seed": seed, "tokens": run.tokens, "longest": row["longest"]}
+        about = {"steps": steps, "seed": seed, "tokens": run.tokens, "longest": longest}
         save_model(run.model, folder / name, {"recipe.json": json.dumps(about).encode()})
         models[name] = run.model
     return models

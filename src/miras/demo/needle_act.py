@@ -33,8 +33,12 @@ def needle_act(models: dict[str, LM], size: int, seed: int, console: Console) ->
     answer, curves = _read(models["memory"], sample.prompt, task.digits, "reading, with memory", console)
     seconds = clock()
     twin_answer, _ = _read(models["twin"], sample.prompt, task.digits, "reading, attention only", console)
-    said = {name: "right" if a == sample.value else "wrong" for name, a in (("m", answer), ("t", twin_answer))}
-    console.print(f'"{question}" - with memory: [bold]{answer}[/] ({said["m"]}), attention only: {twin_answer!r} ({said["t"]})')
+    said = {
+        name: "right" if a == sample.value else "wrong" for name, a in (("m", answer), ("t", twin_answer))
+    }
+    console.print(
+        f'"{question}" - with memory: [bold]{answer}[/] ({said["m"]}), attention only: {twin_answer!r} ({said["t"]})'
+    )
     return NeedleAct(
         needle=needle,
         key=sample.key,
@@ -107,5 +111,3 @@ def shipped_accuracy() -> NeedleAccuracy | None:
         ]
         series.append(AccuracySeries(name, sorted(points, key=lambda p: p.context), role))
     return NeedleAccuracy(series, precomputed=True, command=MEASURED_BY, chance=100 / 90_000)
-
-

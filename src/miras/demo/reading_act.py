@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +119,13 @@ def reading_act(
     curves = list(_held_out(model, twin.model, held, console))
     base = curves[0].mean
     averages = [
-        ConditionAverage(NAMES[c.condition], c.mean, _against(c, base), role=_role(c.condition)) for c in curves
+        ConditionAverage(NAMES[c.condition], c.mean, _against(c, base), role=_role(c.condition))
+        for c in curves
     ]
     prompt = novel.heldout[:600].decode(errors="ignore")
-    told = generate(model, np.frombuffer(prompt.encode(), np.uint8), 500, temperature=0.7, top_p=0.9, seed=seed)
+    told = generate(
+        model, np.frombuffer(prompt.encode(), np.uint8), 500, temperature=0.7, top_p=0.9, seed=seed
+    )
     text = bytes(told).decode(errors="replace")
     tail = prompt[-160:]
     console.print(f"[dim]...{tail}[/][bold]{text}[/]", highlight=False)
@@ -226,8 +230,8 @@ def surprise_act(model: LM, novel: Novel) -> SurprisePage:
         losses = read(model, page, state).losses[0]
     values = {"predictive": losses / np.log(2)}
     for kind in ("momentary", "accumulated"):
-        layers = [seen[layer][kind][0].mean(0).numpy() for layer in seen.layers()]
-        values[kind] = np.mean(layers, 0)
+        each = [seen[layer][kind][0].mean(0).numpy() for layer in seen.layers()]
+        values[kind] = np.mean(each, axis=0)
     sizes = [len(c.encode()) for c in text]
     ends = np.cumsum([0, *sizes])
     layers: list[SurpriseLayer] = []
@@ -236,7 +240,7 @@ def surprise_act(model: LM, novel: Novel) -> SurprisePage:
         ("accumulated", "norm of S", np.max, "the momentum of surprise: what still echoes"),
         ("predictive", "bits", np.sum, "how unexpected the character is to the whole model"),
     ):
-        per_character = [float(fold(values[kind][a:b])) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        per_character = [float(fold(values[kind][a:b])) for a, b in pairwise(ends)]
         layers.append(SurpriseLayer(kind, unit, per_character, explanation))
     return SurprisePage(
         text=text,

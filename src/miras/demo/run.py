@@ -65,7 +65,9 @@ def demo(options: DemoOptions) -> int:
         models=[
             ModelCard("needle model", models["memory"].num_parameters(), "memory", "attention, then memory"),
             ModelCard("its twin", models["twin"].num_parameters(), "twin", "attention only"),
-            ModelCard("reader", reader.num_parameters(), "memory", f"titans-mag, {steps:,} steps in this run"),
+            ModelCard(
+                "reader", reader.num_parameters(), "memory", f"titans-mag, {steps:,} steps in this run"
+            ),
         ],
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         commands=["make demo", f"miras demo --seed {options.seed}", "miras demo --retrain-needle"],

@@ -40,7 +40,9 @@ class AttentionReader(Mixer):
     def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
         q, k, v = (heads(linear(x), self.num_heads) for linear in (self.q, self.k, self.v))
         state = Window(state.k.to(k.dtype), state.v.to(v.dtype), state.position, state.next, state.start)
-        persistent = None if self.persistent is None else self.persistent.to(q.dtype).unbind(0)
+        persistent = None
+        if self.persistent is not None:
+            persistent = (self.persistent[0].to(q.dtype), self.persistent[1].to(q.dtype))
         y, state = attention(
             q,
             k,

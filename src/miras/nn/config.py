@@ -66,7 +66,12 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: pattern must name one or more of {', '.join(MIXERS)}; got {self.pattern!r}"
             )
-        for name, low in (("window_size", 1), ("intermediate_size", 1), ("head_dim", 1), ("num_persistent", 0)):
+        for name, low in (
+            ("window_size", 1),
+            ("intermediate_size", 1),
+            ("head_dim", 1),
+            ("num_persistent", 0),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"ModelConfig: {name} must be at least {low}, got {value}")
@@ -98,8 +103,8 @@ class ModelConfig:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         plain["pattern"] = list(self.pattern)
         plain["gates"] = {name: dataclasses.asdict(gate) for name, gate in self.gates.items()}
-        plain["rule"] = {axis: _named(getattr(self.rule, axis)) for axis in AXES}
-        plain["rule"]["chunk_size"] = self.rule.chunk_size
+        axes = {axis: _named(getattr(self.rule, axis)) for axis in AXES}
+        plain["rule"] = {**axes, "chunk_size": self.rule.chunk_size}
         return {"format_version": FORMAT_VERSION, **plain}
 
     @staticmethod
@@ -114,7 +119,9 @@ class ModelConfig:
             )
         known = {f.name for f in dataclasses.fields(ModelConfig)}
         if unknown := sorted(set(plain) - known):
-            raise ValueError(f"ModelConfig: unknown fields {', '.join(unknown)}; known are {', '.join(known)}")
+            raise ValueError(
+                f"ModelConfig: unknown fields {', '.join(unknown)}; known are {', '.join(known)}"
+            )
         plain["pattern"] = tuple(plain["pattern"])
         plain["gates"] = {name: Gate(**gate) for name, gate in plain["gates"].items()}
         rule = plain["rule"]

@@ -15,7 +15,11 @@ def hard(x: Tensor) -> Tensor:
     return (1.1 * torch.sigmoid(x) - 0.05).clamp(0, 1)
 
 
-LINKS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softplus": F.softplus, "hard": hard}
+LINKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "hard": hard,
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Precise(nn.Module):
             y = fn(x)
             return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
 
-        return super()._apply(keep, recurse)  # pyright: ignore
+        return super()._apply(keep, recurse)
 
 
 class Gates(Precise):

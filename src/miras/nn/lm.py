@@ -61,13 +61,17 @@ class Block(nn.Module):
 
 def build_mixer(config: ModelConfig, name: str) -> Mixer:
     """The mixer that a config's pattern names."""
-    sizes = {"hidden_size": config.hidden_size, "num_heads": config.num_heads, "head_dim": config.head_dim}
-    attend = {
+    sizes: dict[str, Any] = {
+        "hidden_size": config.hidden_size,
+        "num_heads": config.num_heads,
+        "head_dim": config.head_dim,
+    }
+    attend: dict[str, Any] = {
         "window_size": config.window_size,
         "num_persistent": config.num_persistent,
         "rope_theta": config.rope_theta,
     }
-    memory = {
+    memory: dict[str, Any] = {
         "rule": config.rule,
         "gates": config.gates,
         "conv_size": config.conv_size,
@@ -162,8 +166,8 @@ class LM(nn.Module):
                 f"{tokens.shape[0]} rows and the model {len(self.model.layers)} layers"
             )
         rows = pack((tokens.shape[0], tokens.shape[1]), valid, write, reset)
-        x, state = self.model(self.model.embed_tokens(rows.gather(tokens)), state, rows)
-        return rows.scatter(x), state
+        x, after = self.model(self.model.embed_tokens(rows.gather(tokens)), state, rows)
+        return rows.scatter(x), after
 
     def num_parameters(self) -> int:
         """Number of learned parameters; a tied head counts once."""
@@ -200,5 +204,9 @@ def flops_per_token(config: ModelConfig) -> int:
     for i in range(config.num_hidden_layers):
         kind = config.mixer(i)
         total += 6 * D * config.inner()
-        total += {"attention": attend + out, "memory": memory + out, "mag": attend + memory - 2 * D * H * width + out}[kind]
+        total += {
+            "attention": attend + out,
+            "memory": memory + out,
+            "mag": attend + memory - 2 * D * H * width + out,
+        }[kind]
     return total

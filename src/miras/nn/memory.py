@@ -34,7 +34,7 @@ DEFAULT_GATES: dict[str, Gate] = {
     "momentum": Gate(scale=0.9),
     "forget": Gate(bias=-5.0),
 }
-"""Stable by construction (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.5, little forgetting."""
+"""Stable (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.5, little forgetting."""
 
 
 class InitialMemory(Precise):

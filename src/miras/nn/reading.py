@@ -19,7 +19,7 @@ Block = NDArray[Any] | Tensor
 """Token ids, (n,) or (B, n), of any integer type."""
 
 Tokens = Block | Iterable[Block]
-"""A stream: all of it (a memory-mapped array is read piece by piece), or blocks of any length in their order."""
+"""A stream: all of it (a memory-mapped array is read piece by piece), or blocks of any length in order."""
 
 Mask = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
 """From places (n,) in a reading, counted from 0, to whether the mask is true there."""
@@ -39,9 +39,9 @@ class StreamState(LMState):
 class Piece:
     """What became of n tokens of each of B streams.
 
-    start: the first one's place in this reading; tokens (B, n); losses (B, n) in nats; predicted (B, n) the most
-    likely token at each place; state: after the last one. What nothing has predicted, the first token of a new
-    stream, has the loss NaN and the prediction -1.
+    start: the first one's place in this reading; tokens (B, n); losses (B, n) in nats; predicted (B, n) the
+    most likely token at each place; state: after the last one. What nothing has predicted, the first token of
+    a new stream, has the loss NaN and the prediction -1.
     """
 
     start: int
@@ -62,9 +62,10 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Read a stream, or B of them, without a graph, and hand out what each piece of it brought.
 
-    The losses do not depend on `piece`, the largest number of tokens read at once; pieces end where chunks do.
-    `state` continues an earlier reading; of a StreamState the first token is scored too. `write` and `reset` are
-    the model's masks, by place. Raises ValueError for ids outside the vocabulary and arrays that are not ids.
+    But for rounding, the losses do not depend on `piece`, the largest number of tokens read at once; pieces
+    end where chunks do. `state` continues an earlier reading; of a StreamState the first token is scored too.
+    `write` and `reset` are the model's masks, by place. Raises ValueError for ids outside the vocabulary and
+    arrays that are not ids.
     """
     if piece < 1:
         raise ValueError(f"piece must be at least 1 token, got {piece}")
@@ -92,11 +93,11 @@ def _read(
 
 def check_ids(ids: NDArray[np.int64], vocab_size: int) -> None:
     """Raise ValueError when an id is not in the vocabulary."""
-    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(
-            f"token id {wrong} is outside the model's vocabulary, 0 to {vocab_size - 1}; were these tokens made "
-            f"with the model's own tokenizer?"
+            f"token id {wrong} is outside the model's vocabulary, 0 to {vocab_size - 1}; were these tokens "
+            f"made with the model's own tokenizer?"
         )
 
 
@@ -110,8 +111,8 @@ def _length(model: LM, state: LMState | None, piece: int) -> int:
     return piece // chunk * chunk - phase
 
 
-# No generator may stand inside no_grad: it would leave gradients off for whoever is between two pieces. And it is
-# no_grad, not inference_mode, because the inner loop of a memory takes gradients.
+# No generator may stand inside no_grad: it would leave gradients off for whoever is between two pieces. And
+# it is no_grad, not inference_mode, because the inner loop of a memory takes gradients.
 @torch.no_grad()
 def _step(
     model: LM, ids: Tensor, state: LMState | None, masks: dict[str, Tensor]
@@ -131,12 +132,11 @@ def _step(
     if isinstance(state, StreamState):
         score(state.logits[:, None], 0)
     width = max(1, LOGITS // (ids.shape[0] * model.config.vocab_size))
-    logits = hidden
     for at in range(0, ids.shape[1], width):
-        logits = model.lm_head(hidden[:, at : at + width]).float()
-        score(logits, at + 1)
-    # A copy: a view would keep the logits of the whole piece.
-    return losses, predicted, StreamState(after.layers, after.tokens, logits[:, -1].clone())
+        score(model.lm_head(hidden[:, at : at + width]).float(), at + 1)
+    # Made again rather than cut off: a view would keep the logits of the whole piece.
+    last = model.lm_head(hidden[:, -1]).float()
+    return losses, predicted, StreamState(after.layers, after.tokens, last)
 
 
 class _Feed:
@@ -157,7 +157,9 @@ class _Feed:
                 self.rest = as_rows(block)
             part, self.rest = self.rest[:, :wanted], self.rest[:, wanted:]
             if parts and len(parts[0]) != len(part):
-                raise ValueError(f"blocks of a stream must have equally many rows: {len(parts[0])}, then {len(part)}")
+                raise ValueError(
+                    f"blocks of a stream must have equally many rows: {len(parts[0])}, then {len(part)}"
+                )
             wanted -= part.shape[1]
             if part.shape[1]:
                 parts.append(part)

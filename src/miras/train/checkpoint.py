@@ -74,7 +74,9 @@ def load_checkpoint(path: Path) -> tuple[LM, dict[str, Tensor], dict[str, Any]]:
             f"{path}: checkpoint format {meta.get('format_version')!r}, this version of miras reads {FORMAT_VERSION}"
         )
     if hashlib.sha256(data).hexdigest() != meta["sha256"]:
-        raise ValueError(f"{path / 'training.safetensors'} is corrupt: its hash is not the one that was saved")
+        raise ValueError(
+            f"{path / 'training.safetensors'} is corrupt: its hash is not the one that was saved"
+        )
     return model, load_tensors(data), meta
 
 

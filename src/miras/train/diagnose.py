@@ -59,4 +59,3 @@ def first_bad_gradient(model: nn.Module) -> str:
         if p.grad is not None and not p.grad.isfinite().all():
             return f"gradient of {name}"
     return "no gradient"
-

@@ -5,12 +5,14 @@ import math
 import torch
 from torch import nn
 
+from miras.nn.attention import AttentionReader
 from miras.nn.gates import Precise
 from miras.nn.mixer import Projection
-from miras.nn.attention import AttentionReader
 
 
-def parameter_groups(model: nn.Module, lr: float, own_lr: float, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(
+    model: nn.Module, lr: float, own_lr: float, weight_decay: float
+) -> list[dict[str, object]]:
     """Matrices, with weight decay; and gates, norms, convolutions, persistent tokens and initial memories, without.
 
     The second group has the learning rate lr * own_lr. Each parameter is in one group, in the model's order.

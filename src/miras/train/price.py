@@ -32,11 +32,12 @@ class Openness:
 def openness(model: nn.Module) -> Iterator[Openness]:
     """Collect how far the gates open inside the block; gradients flow through it."""
     seen = Openness()
-    hooks = [
-        module.register_forward_hook(lambda module, _, values: seen.add(module, values))
-        for module in model.modules()
-        if isinstance(module, Gates)
-    ]
+
+    def note(module: nn.Module, _: object, values: dict[str, Tensor]) -> None:
+        assert isinstance(module, Gates)
+        seen.add(module, values)
+
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Gates)]
     try:
         yield seen
     finally:

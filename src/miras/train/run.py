@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from miras.data.novel import load_novel
 from miras.data.tokens import FileTokenizer, Tokenizer, load_tokenizer, prepare
 from miras.nn.config import ModelConfig
-from miras.nn.folder import read_config, save_model, load_model
+from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
 from miras.presets import override, preset
 from miras.train.checkpoint import checkpoints
@@ -45,7 +45,7 @@ def train(options: TrainOptions) -> int:
     extra = {"tokenizer.json": tokenizer.to_json()} if isinstance(tokenizer, FileTokenizer) else {}
     metrics = Metrics(options.out / "metrics.jsonl", run.step)
     console.print(
-        f"{options.preset if options.model is None else options.model}: {run.model.num_parameters():,} parameters, "
+        f"{options.model or options.preset}: {run.model.num_parameters():,} parameters, "
         f"step {run.step} of {options.steps}, {options.out}"
     )
     said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
@@ -68,8 +68,7 @@ def train(options: TrainOptions) -> int:
         last = checkpoints(options.out)
         console.print(f"[bold red]stopped:[/] {error}", highlight=False)
         console.print(
-            f"The last good checkpoint is {last[-1] if last else 'none'}; lower --lr or --clip and add --resume "
-            f"to go on from it.",
+            f"The last good checkpoint is {last[-1]}; lower --lr or --clip and add --resume to go on from it.",
             highlight=False,
         )
         return FAILED
@@ -77,7 +76,9 @@ def train(options: TrainOptions) -> int:
         metrics.close()
     path = save()
     if run.step < options.steps:
-        console.print(f"Interrupted. {path} holds everything: the same command with --resume goes on from there.")
+        console.print(
+            f"Interrupted. {path} holds everything: the same command with --resume goes on from there."
+        )
         return INTERRUPTED
     save_model(run.model, options.out / "model", extra)
     console.print(f"The model is {options.out / 'model'}; what each step did is in {metrics.path}.")
@@ -97,7 +98,8 @@ def _check(options: TrainOptions) -> None:
     there = checkpoints(options.out) if options.out.exists() else []
     if there and not options.resume:
         raise ValueError(
-            f"{options.out} holds a run already ({there[-1].name}); add --resume to go on, or choose another --out"
+            f"{options.out} holds a run already ({there[-1].name}); add --resume to go on, or choose "
+            f"another --out"
         )
     if options.resume and not there:
         raise ValueError(f"--resume: {options.out} holds no checkpoint; leave --resume out to begin")
@@ -137,8 +139,8 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
     config = read_config(options.model)
     if changes or config.vocab_size != vocab_size:
         raise ValueError(
-            f"--model {options.model} has its sizes already (vocabulary {config.vocab_size}, the tokenizer's is "
-            f"{vocab_size}); leave out {', '.join(changes) or 'the tokenizer or give the fitting one'}"
+            f"--model {options.model} has its sizes already (vocabulary {config.vocab_size}, the tokenizer's "
+            f"is {vocab_size}); leave out {', '.join(changes) or 'the tokenizer or give the fitting one'}"
         )
     return override(config)
 
@@ -204,7 +206,7 @@ def _step(line: str) -> float:
 
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside the block the first Ctrl-C only sets a flag, which the yielded function tells; a second one stops."""
+    """The first Ctrl-C inside the block only sets a flag, which the yielded function tells; a second stops."""
     pressed: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -222,7 +224,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def progress(console: Console, steps: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A live bar with loss, bits per byte, tokens/s and the time left; plain lines where there is no terminal."""
+    """A live bar with loss, bits per byte, tokens/s and time left; plain lines where there is no terminal."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -242,7 +244,8 @@ def progress(console: Console, steps: int, done: int) -> Iterator[Callable[[dict
         rate = (row["tokens"] - tokens[0]) / max(row["seconds"], 1e-9)
         smooth["rate"] = 0.9 * smooth.get("rate", rate) + 0.1 * rate if tokens[0] else rate
         tokens[0] = row["tokens"]
-        said = f"loss {smooth['loss']:.3f}  {smooth['bits_per_byte']:.3f} bits/byte  {smooth['rate']:,.0f} tokens/s"
+        said = f"loss {smooth['loss']:.3f}  {smooth['bits_per_byte']:.3f} bits/byte  "
+        said += f"{smooth['rate']:,.0f} tokens/s"
         if "accuracy" in row:
             said += f"  accuracy {smooth['accuracy']:.2f} at {row['length']:.0f}"
         bar.update(task, completed=row["step"] + 1, said=said)
@@ -253,5 +256,3 @@ def progress(console: Console, steps: int, done: int) -> Iterator[Callable[[dict
     with bar:
         task = bar.add_task("training", total=steps, completed=done, said="")
         yield show
-
-

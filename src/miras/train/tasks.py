@@ -45,9 +45,7 @@ class TextTask:
         carry: bool = True,
         bytes_per_token: float = 1.0,
     ) -> None:
-        self.lanes = Lanes(
-            tokens, offsets, batch_size=batch_size, seq_len=seq_len, align=align, seed=seed
-        )
+        self.lanes = Lanes(tokens, offsets, batch_size=batch_size, seq_len=seq_len, align=align, seed=seed)
         self.micro_batches, self.carry, self.bytes_per_token = micro_batches, carry, bytes_per_token
         self.states: list[LMState | None] = [None] * micro_batches
 
