@@ -94,9 +94,8 @@ def main() -> None:
         return
     for name, unit in (("peak_mb", "MB"), ("prefill", "us per token"), ("decode", "us per token")):
         few, many = (measured[name][n] for n in LENGTHS)
-        print(
-            f"{name:8} after {LENGTHS[0]:,}: {few:,.1f} {unit}, after {LENGTHS[1]:,}: {many:,.1f} ({many / few - 1:+.1%})"
-        )
+        print(f"{name:8} after {LENGTHS[0]:,} bytes {few:,.1f} {unit},", end=" ")
+        print(f"after {LENGTHS[1]:,} {many:,.1f} ({many / few - 1:+.1%})")
 
 
 if __name__ == "__main__":
