@@ -42,7 +42,7 @@ def config() -> ModelConfig:
         pattern=("attention", "mag"),
         window_size=64,
         num_persistent=4,
-        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=True), chunk_size=32),
+        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=32),
         gates={"lr": Gate(scale=0.8), "momentum": Gate(scale=0.9), "forget": Gate(bias=-5.0)},
         initial_scale=0.0,
         tie_word_embeddings=True,

@@ -20,7 +20,7 @@ LEVELS = [
     {"nn"},
     {"presets"},
     {"train", "evaluate", "stream", "report"},
-    {"demo", "serve", "hf", "cli", "__main__"},
+    {"demo", "serve", "hf", "options", "commands", "cli", "__main__"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 TOP = len(LEVELS) - 1

@@ -11,7 +11,7 @@ from miras.nn.config import ModelConfig
 from miras.nn.gates import Gate
 
 TITANS = {
-    "rule": Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=True), chunk_size=16),
+    "rule": Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
     "gates": {
         "lr": Gate(scale=0.5, per_weight=True),
         "momentum": Gate(scale=0.9, per_weight=True),

@@ -21,7 +21,7 @@ MEMORIES = (
 )
 BIASES = (L2(), Dot())
 RETENTIONS = (Decay(), Decay(decayed=True))
-ALGORITHMS = tuple(GradientDescent(*flags) for flags in itertools.product((False, True), repeat=2))
+ALGORITHMS = tuple(GradientDescent(*choice) for choice in itertools.product((False, True), (0.0, 2.0)))
 RULES = tuple(
     Rule(*axes, chunk_size=size)
     for *axes, size in itertools.product(MEMORIES, BIASES, RETENTIONS, ALGORITHMS, (1, 3, 16, 64))

@@ -13,8 +13,8 @@ class Algorithm(ABC):
     gates: ClassVar[tuple[str, ...]] = ("lr",)
     momentum: bool = False
     """Whether past surprise is carried; without it S_t = -lr_t grad_t and the state holds no S."""
-    step_bound: bool = False
-    """Whether `lr` is bounded by the keys already met in the chunk (see `GradientDescent`)."""
+    step_bound: float = 0.0
+    """How strongly `lr` is bounded by the keys already met in the chunk; 0 for not at all."""
 
     def all_gates(self) -> tuple[str, ...]:
         """Names of the gates that this choice reads."""
@@ -25,24 +25,26 @@ class Algorithm(ABC):
 class GradientDescent(Algorithm):
     """One gradient step per token, with Titans' momentum or without (Titans eq. 8 to 10 and 14).
 
-    `step_bound=True` multiplies a token's `lr` by prod_j (1 - lr_j |k_j . k|) over the earlier tokens j of its
-    chunk. All gradients of a chunk are taken at one point, so equal keys would otherwise add up to a step of
-    chunk_size times lr and diverge; bounded, they add up to at most one full step. It needs lr <= 1 and keys of
-    norm at most 1, and makes the chunked rule of a repeated key equal to the unchunked one.
+    `step_bound` c > 0 multiplies a token's `lr` by prod_j max(0, 1 - c lr_j |k_j . k|) over the earlier tokens j
+    of its chunk. All gradients of a chunk are taken at one point, so equal keys would otherwise add up to a step
+    of chunk_size times lr and diverge; bounded, they add up to at most 1 / c. A step whose momentum is at most m
+    moves the memory by lr / (1 - m) in the end: c = 1 / (1 - m), with lr <= 1 - m and keys of norm at most 1,
+    keeps that at one full step (docs/stability.md). With c = 1 and no momentum, the chunked rule of a repeated
+    key is the unchunked one. Raises ValueError for a negative c.
     """
 
     momentum: bool = False
-    step_bound: bool = False
+    step_bound: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step_bound < float("inf"):
+            raise ValueError(f"GradientDescent: step_bound must be 0 (none) or positive, got {self.step_bound}")
+        object.__setattr__(self, "step_bound", float(self.step_bound))
 
 
-def step_bound(lr: Tensor, key: Tensor, seen_lr: Tensor, seen_key: Tensor) -> Tensor:
-    """prod_j (1 - lr_j |k_j . k_t|) over a set of earlier tokens.
-
-    key (..., T, d_key), seen_key (..., J, d_key), seen_lr (..., J) or (..., T, J) -> (..., T).
-    """
-    overlap = (key @ seen_key.mT).abs()
-    weight = seen_lr if seen_lr.dim() == overlap.dim() else seen_lr[..., None, :]
-    return (1 - weight * overlap).prod(-1)
+def bound_factors(overlap: Tensor, lr: Tensor, strength: float) -> Tensor:
+    """prod_j max(0, 1 - strength lr_j overlap_tj): overlap (..., T, J), lr (..., J) -> (..., T)."""
+    return (1 - strength * lr[..., None, :] * overlap).clamp_min(0).prod(-1)
 
 
 ALGORITHMS = (GradientDescent,)

@@ -93,7 +93,8 @@ def attention(
     if size is None:
         k, v, kept = keys, values, places
     elif length is None:
-        k, v, kept = (x.narrow(d, x.shape[d] - size, size) for x, d in ((keys, 2), (values, 2), (places, 1)))
+        # Copies: views would keep the keys and values of the whole call.
+        k, v, kept = keys[:, :, -size:].clone(), values[:, :, -size:].clone(), places[:, -size:].clone()
     else:
         index = moved[:, None] + torch.arange(size, device=q.device)
         wide = index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])

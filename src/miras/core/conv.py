@@ -33,7 +33,7 @@ def conv(
             tap = tap * (before == document)[..., None]
         y = y + tap * weight[:, K - 1 - back]
     if length is None and reset is None:
-        return y, stream[:, T:]
+        return y, stream[:, T:].clone()  # a view would keep the whole stream
     length = torch.full((B,), T, device=x.device) if length is None else length
     last = length[:, None] + torch.arange(K - 1, device=x.device)  # places of the tail in `stream`
     tail = stream.gather(1, last[..., None].expand(-1, -1, x.shape[-1]))

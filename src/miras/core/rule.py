@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from miras.core.algorithm import Algorithm, GradientDescent, step_bound
+from miras.core.algorithm import Algorithm, GradientDescent, bound_factors
 from miras.core.bias import L2, Bias
 from miras.core.memory import Matrix, Memory
 from miras.core.observe import observing
@@ -242,7 +242,8 @@ def _token(
 
     lr = {n: gate_of(gates, "lr", n) for n in state.A}
     if rule.algorithm.step_bound:
-        lr = {n: x * step_bound(x, k, state.recent[n], state.recent["key"]) for n, x in lr.items()}
+        met = (k @ state.recent["key"].mT).abs()
+        lr = {n: x * bound_factors(met, state.recent[n], rule.algorithm.step_bound) for n, x in lr.items()}
     S, A, steps = {}, {}, {}
     for n in state.A:
         before = state.S.get(n)

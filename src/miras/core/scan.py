@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miras.core.algorithm import step_bound
+from miras.core.algorithm import bound_factors
 from miras.core.observe import observe, observing
 from miras.core.rule import Masks, Rule, State, check, close_chunk, gate_of, init_state, norm, observed
 from miras.core.state import Tree, choose, ordinary
@@ -393,9 +393,9 @@ def _coefficients(rule: Rule, state: State, chunks: Chunks) -> dict[str, Coeffic
             if write is not None:
                 lr, keep = torch.where(write, lr, 0), torch.where(write, keep, 1)
             if overlap is not None:
-                bound = (1 - lr[..., None, :] * overlap).prod(-1)
-                first = step_bound(lr[:, :, 0], chunks.k[:, :, 0], state.recent[name], state.recent["key"])
-                lr = lr * bound
+                met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
+                first = bound_factors(met, state.recent[name], rule.algorithm.step_bound)
+                lr = lr * bound_factors(overlap, lr, rule.algorithm.step_bound)
                 lr = torch.cat([lr[:, :, :1] * first[:, :, None], lr[:, :, 1:]], 2)
             K = products(keep)
             K0, steps = K[..., 0], K[..., 1:]

@@ -40,7 +40,7 @@ def needle_config() -> ModelConfig:
         num_heads=2,
         window_size=64,
         num_persistent=0,
-        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=True), chunk_size=16),
+        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=2.0), chunk_size=16),
         gates={
             "lr": Gate(link="hard", scale=0.8),
             "momentum": Gate(scale=0.5),

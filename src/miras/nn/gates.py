@@ -76,6 +76,12 @@ class Gates(Precise):
             raise ValueError(
                 f"Gates: momentum must stay below 1 to be stable, so its scale must; got {gates['momentum'].scale}"
             )
+        largest = gates["lr"].scale * self.lr_factor * rule.algorithm.step_bound
+        if gates["lr"].link != "softplus" and largest > 1 + 1e-6:
+            raise ValueError(
+                f"Gates: step_bound times the largest lr must be at most 1, got {rule.algorithm.step_bound} * "
+                f"{gates['lr'].scale * self.lr_factor:g}; lower step_bound or the scale of the lr gate"
+            )
         self.proj = nn.Linear(hidden_size, num_heads * len(self.outputs))
 
     def reset_parameters(self, std: float) -> None:

@@ -26,7 +26,7 @@ class MemoryState(Record):
     tails: dict[str, Tensor]
 
 
-TITANS_RULE = Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=True))
+TITANS_RULE = Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0))
 """Titans' memory (NeurIPS version): two layers, expansion 4, momentum, forgetting, chunks of 16."""
 
 DEFAULT_GATES: dict[str, Gate] = {

@@ -1,0 +1,260 @@
+"""The command `miras`: a name -> function table, options from flags and YAML, and errors in one line."""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+
+COMMON = """
+
+Every command also takes:
+  --config FILE.yaml   values for these options, under those given here
+  --debug              the whole traceback of an error (also MIRAS_DEBUG=1)
+"""
+
+
+# Each function imports what it runs only after its options are read, so that help needs no torch.
+def train(arguments: list[str]) -> int:
+    """Train a model on text or on needles."""
+    from miras.train.options import TrainOptions
+
+    options = parse(TrainOptions, "train", arguments)
+    from miras.train.run import train as run
+
+    return run(options)
+
+
+def demo(arguments: list[str]) -> int:
+    """Train a small model, stream through it and write a report."""
+    from miras.demo.options import DemoOptions
+
+    options = parse(DemoOptions, "demo", arguments)
+    from miras.demo.run import demo as run
+
+    return run(options)
+
+
+def info(arguments: list[str]) -> int:
+    """Show what a preset or a model folder is."""
+    from miras.options import InfoOptions
+
+    options = parse(InfoOptions, "info", arguments)
+    from miras import commands
+
+    return commands.info(options)
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure bits per byte along a stream, learning, frozen and reset."""
+    from miras.options import EvalOptions
+
+    options = parse(EvalOptions, "eval", arguments)
+    from miras import commands
+
+    return commands.evaluate(options)
+
+
+def generate(arguments: list[str]) -> int:
+    """Go on with a text."""
+    from miras.options import GenerateOptions
+
+    options = parse(GenerateOptions, "generate", arguments)
+    from miras import commands
+
+    return commands.generate(options)
+
+
+def stream(arguments: list[str]) -> int:
+    """Read a text of any length in constant memory and keep what was learned."""
+    from miras.options import StreamOptions
+
+    options = parse(StreamOptions, "stream", arguments)
+    from miras import commands
+
+    return commands.stream(options)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "stream": stream,
+    "info": info,
+    "demo": demo,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Exit status: 0, 2 for what the user can mend, 130 after Ctrl-C, 141 for a closed
+    pipe."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments or os.environ.get("MIRAS_DEBUG", "0") not in ("", "0")
+    arguments = [each for each in arguments if each != "--debug"]
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads any more, as in `miras info ... | head`. What Python would still flush goes nowhere.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt as stop:
+        print(f"\nmiras: stopped{''.join(f'; {each}' for each in stop.args)}", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"miras: {_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name == "--version":
+        from miras import __version__
+
+        print(f"miras {__version__}")
+        return 0
+    if name in ("--help", "-h"):
+        print(_overview())
+        return 0 if arguments else 2
+    if name not in COMMANDS:
+        raise ValueError(
+            f"unknown command {name!r}{_nearest(name, COMMANDS)}; known are {', '.join(COMMANDS)}"
+        )
+    return COMMANDS[name](arguments[1:])
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: miras COMMAND [OPTIONS]",
+            "",
+            "Memory that learns at test time, for sequence models.",
+            "",
+            *lines,
+            "",
+            "`miras COMMAND --help` shows a command's options, `miras --version` the version.",
+        ]
+    )
+
+
+def parse(options: type[T], name: str, arguments: list[str]) -> T:
+    """A command's options, from its flags over those of the `--config` file. Exits with 2 on wrong flags."""
+    import tyro
+
+    arguments, path = _config_flag(arguments)
+    default = tyro.MISSING_NONPROP if path is None else _defaults(options, Path(path))
+    return tyro.cli(
+        options,
+        prog=f"miras {name}",
+        description=(options.__doc__ or "").strip() + COMMON,
+        args=arguments,
+        config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
+        default=default,
+    )
+
+
+def _config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
+    """The arguments without `--config FILE`, and FILE."""
+    rest: list[str] = []
+    path = None
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+            if path is None:
+                raise ValueError("--config needs a YAML file behind it")
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        else:
+            rest.append(word)
+    return rest, path
+
+
+def _defaults(options: type[T], path: Path) -> T:
+    """The options as a YAML file gives them; what neither it nor the dataclass gives must come as a flag."""
+    import tyro
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no such config file: {path}")
+    try:
+        loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(loaded, dict | None):
+        raise ValueError(f"{path} must hold one `name: value` per line")
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, options))}
+    kinds = typing.get_type_hints(options)
+    values: dict[str, Any] = {}
+    for key, value in (loaded or {}).items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            raise ValueError(
+                f"{path}: unknown key {str(key)!r}{_nearest(name, fields)}; known are {', '.join(fields)}"
+            )
+        try:
+            values[name] = _value(value, kinds[name])
+        except ValueError:
+            kind = getattr(kinds[name], "__name__", kinds[name])
+            raise ValueError(f"{path}: {name} must be {kind}, got {value!r}") from None
+    required = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    open_ones = [name for name in required if name not in values]
+    if open_ones and required.index(open_ones[-1]) >= len(open_ones):
+        # A word on the command line could then be meant for either.
+        given = ", ".join(name for name in required if name in values)
+        raise ValueError(f"{path} gives {given}, so it must give {', '.join(open_ones)} too, or neither")
+    return options(**values, **dict.fromkeys(open_ones, tyro.MISSING))
+
+
+def _value(value: Any, kind: Any) -> Any:
+    """A YAML value as its field's type. Raises ValueError when it is none."""
+    parts = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _value(value, next(x for x in parts if x is not types.NoneType))
+    if typing.get_origin(kind) is tuple:
+        return tuple(_value(each, parts[0]) for each in (value if isinstance(value, list) else [value]))
+    if typing.get_origin(kind) is typing.Literal and value in parts:
+        return value
+    if isinstance(value, bool) and kind is bool:
+        return value
+    # A bool is an int to Python, and no number to a user.
+    if type(value) in (int, float, str) and kind in (int, float, str, Path):
+        # Through text, as a flag goes: YAML reads 3e-4 as text, and 2.5 is no whole number.
+        return kind(str(value))
+    raise ValueError
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), 1)
+    return f", perhaps you meant {close[0]!r}" if close else ""
+
+
+def _line(error: Exception) -> str:
+    """An error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f": {error.filename}"
+        return f"{error.strerror}{where}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

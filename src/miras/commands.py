@@ -1,0 +1,332 @@
+"""The commands `info`, `eval`, `generate` and `stream`: options in, text out."""
+
+import dataclasses
+import json
+import lzma
+import math
+import os
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from miras.data.novel import load_novel
+from miras.data.text import OPEN
+from miras.data.tokens import WORD_END, ByteTokenizer, Tokenizer, load_tokenizer, prepare
+from miras.evaluate.describe import describe
+from miras.evaluate.stream import Curve, stream_curve
+from miras.nn.config import ModelConfig
+from miras.nn.folder import load_model, model_hash, read_config, write_atomically
+from miras.nn.lm import LM, LMState
+from miras.nn.reading import Mask, Spelling, read_pieces
+from miras.options import EvalOptions, GenerateOptions, InfoOptions, StreamOptions
+from miras.presets import override, preset, presets
+from miras.stream.files import load_state, save_state
+from miras.stream.generate import generate as generation
+from miras.stream.run import never
+
+BLOCK = 1 << 16
+"""Bytes of a text that are read from disk at once."""
+
+
+def info(options: InfoOptions) -> int:
+    """Print what a model is."""
+    sizes = dataclasses.asdict(options)
+    name, as_json = sizes.pop("model"), sizes.pop("json")
+    given = {field: value for field, value in sizes.items() if value is not None}
+    config = override(_config(name), **given)
+    found = describe(config)
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False, default=str))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    kinds = [kind for i, kind in enumerate(found["layers"]) if not i or kind != found["layers"][i - 1]]
+    uniform = f"{len(found['layers'])} x {kinds[0]}" if len(kinds) == 1 else ", ".join(found["layers"])
+    console.print(
+        f"[bold]{name}[/]: {uniform}; hidden {config.hidden_size}, "
+        f"heads {config.num_heads} of {config.width()}"
+    )
+    if found["window_size"] is not None or found["state_grows"]:
+        window = "everything" if found["state_grows"] else f"{found['window_size']:,} tokens"
+        console.print(f"attention over {window}, {found['num_persistent']} persistent tokens")
+    if found["memory"] is not None:
+        table = Table("axis", "choice", "meaning", box=None, pad_edge=False)
+        for axis, part in found["memory"].items():
+            table.add_row(axis, part["choice"], part["meaning"])
+        console.print(
+            "\n[bold]the memory[/]", table, "\n[bold]per head[/]", *found["equations"], sep="\n", markup=True
+        )
+        table = Table("gate", "made as", "b at first", "at most", "one per", box=None, pad_edge=False)
+        for gate, made in found["gates"].items():
+            most = "no bound" if made["largest"] is None else f"{made['largest']:g}"
+            table.add_row(gate, made["formula"], f"{made['initial_bias']:g}", most, made["per"])
+        console.print("\n[bold]gates[/]", table, sep="\n")
+    growth = ", and grows with every token" if found["state_grows"] else ", whatever was read"
+    console.print(
+        f"\n{found['parameters']:,} parameters; state of a stream {_size(found['state_bytes'])}{growth}; "
+        f"{found['flops_per_token']:,} FLOPs per token"
+    )
+    return 0
+
+
+def evaluate(options: EvalOptions) -> int:
+    """Print bits per byte of a stream under each condition."""
+    _set_threads(options.threads)
+    model, tokenizer = open_model(options.model)
+    twin = None if options.twin is None else open_model(options.twin)
+    if twin is not None and twin[1].fingerprint != tokenizer.fingerprint:
+        raise ValueError(f"{options.twin} has another tokenizer than {options.model}: their tokens differ")
+    if options.tokens is not None and options.tokens < 2:
+        raise ValueError(f"--tokens must be at least 2, got {options.tokens}")
+    runs = [(condition, model, condition) for condition in options.conditions]
+    runs += [] if twin is None else [("twin", twin[0], "learning")]
+    if not runs:
+        raise ValueError("nothing to do: name at least one of --conditions, or a --twin")
+    curves: dict[str, Curve] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        if options.text:
+            tokens: NDArray[Any] = prepare(options.text, tokenizer, cache).tokens
+        else:
+            tokens = tokenizer.encode(load_novel().heldout)
+        tokens = tokens[: options.tokens]
+        with _progress() as progress:
+            for name, reader, condition in runs:
+                bar = progress.add_task(name, total=len(tokens), note="")
+                curves[name] = stream_curve(
+                    reader,
+                    tokens,
+                    condition,
+                    segment=options.segment,
+                    warm=options.warm,
+                    bins=options.bins,
+                    piece=options.piece,
+                    tokenizer=tokenizer,
+                    progress=lambda done, bar=bar: progress.update(bar, completed=done),
+                )
+    table = Table("condition", "bits per byte", "first tenth", "last tenth", "tokens/s")
+    for name, curve in curves.items():
+        tenth = max(1, len(curve.bits_per_byte) // 10)
+        ends = (curve.bits_per_byte[:tenth], curve.bits_per_byte[-tenth:])
+        numbers = [curve.mean, *(float(np.mean(end)) for end in ends)]
+        table.add_row(name, *(f"{x:.4f}" for x in numbers), f"{curve.num_tokens / curve.seconds:,.0f}")
+    first = next(iter(curves.values()))
+    Console().print(table, f"{first.num_tokens:,} tokens, {first.num_bytes:,} bytes scored", sep="\n")
+    if options.json is not None:
+        written = {
+            "model": str(options.model),
+            "model_hash": model_hash(model),
+            "twin": None if options.twin is None else str(options.twin),
+            "text": list(options.text),
+            "segment": options.segment,
+            "warm": options.warm,
+            "curves": [{"name": name, **dataclasses.asdict(curve)} for name, curve in curves.items()],
+        }
+        write_atomically(options.json, (json.dumps(written, indent=1) + "\n").encode())
+        print(f"curves written to {options.json}")
+    return 0
+
+
+def generate(options: GenerateOptions) -> int:
+    """Print a continuation as it is made."""
+    _set_threads(options.threads)
+    model, tokenizer = open_model(options.model)
+    state = _loaded(options.load_state, model)
+    prompt = tokenizer.encode(options.prompt)
+    spelling = Spelling(tokenizer.decode)
+    made = None
+    try:
+        made = generation(
+            model,
+            prompt,
+            options.tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+            state=state,
+        )
+        for token in made:
+            _say(spelling.push(np.array([token])))
+        _say(spelling.rest() + "\n")
+    except KeyboardInterrupt:
+        state = state if made is None else made.state
+        raise KeyboardInterrupt(_saved(options.save_state, state, model)) from None
+    if options.save_state is not None:
+        print(_saved(options.save_state, made.state, model), file=sys.stderr)
+    return 0
+
+
+def stream(options: StreamOptions) -> int:
+    """Read a text of any length and print its bits per byte."""
+    _set_threads(options.threads)
+    model, tokenizer = open_model(options.model)
+    state = _loaded(options.load_state, model)
+    before = 0 if state is None else int(state.tokens[0])
+    mask: Mask | None = None if options.write else never
+    spelling = None if isinstance(tokenizer, ByteTokenizer) else Spelling(tokenizer.decode)
+    count, size, nats = 0, 0.0, 0.0
+    began = time.perf_counter()
+    try:
+        with _open(options.file) as file, _progress() as progress:
+            bar = progress.add_task("reading", total=_length(options.file), note="")
+            ids = _tokens(_blocks(file, options.file), tokenizer)
+            for part in read_pieces(model, ids, state, piece=options.piece, write=mask):
+                read = part.tokens.shape[1]
+                length = read if spelling is None else len(spelling.push(part.tokens[0]).encode())
+                scored = int((~np.isnan(part.losses)).sum())
+                nats += float(np.nansum(part.losses, dtype=np.float64))
+                size += length * scored / read
+                state, count = part.state, count + read
+                note = _rates(count, before, nats, size, time.perf_counter() - began)
+                progress.update(bar, advance=length, note=note)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{count:,} tokens were read; {_saved(options.save_state, state, model)}"
+        ) from None
+    if state is None or not count:
+        raise ValueError(
+            f"{'standard input' if options.file == '-' else options.file} is empty: nothing to read"
+        )
+    print(_rates(count, before, nats, size, time.perf_counter() - began))
+    if options.save_state is not None:
+        print(_saved(options.save_state, state, model))
+    return 0
+
+
+def open_model(folder: Path) -> tuple[LM, Tokenizer]:
+    """A folder's model, and its `tokenizer.json` or else bytes. Raises ValueError when they do not fit."""
+    model = load_model(folder)
+    file = folder / "tokenizer.json"
+    tokenizer = load_tokenizer(file if file.is_file() else None)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        what = "tokenizer.json" if file.is_file() else "byte vocabulary (it has no tokenizer.json)"
+        raise ValueError(
+            f"{folder}: its {what} has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def _set_threads(threads: int) -> None:
+    if threads < 0:
+        raise ValueError(f"--threads must be 0 (torch's choice) or more, got {threads}")
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _config(name: str) -> ModelConfig:
+    if name in presets() or not (Path(name) / "config.json").is_file():
+        if Path(name).exists() and name not in presets():
+            raise FileNotFoundError(f"{name} is not a model: config.json is missing in it")
+        return preset(name)
+    return read_config(name)
+
+
+def _loaded(path: Path | None, model: LM) -> LMState | None:
+    if path is None:
+        return None
+    state, header = load_state(path, model)
+    if len(header.tokens) != 1:
+        raise ValueError(f"{path} holds {len(header.tokens)} streams; a command goes on with one")
+    return state
+
+
+def _saved(path: Path | None, state: LMState | None, model: LM) -> str:
+    """Save a state if there is a place for it, and say so."""
+    if path is None:
+        return "nothing was saved (no --save-state)"
+    if state is None:
+        return "nothing was saved, because nothing was read"
+    header = save_state(path, state, model)
+    return f"state after {header.tokens[0]:,} tokens saved to {path} ({_size(path.stat().st_size)})"
+
+
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder; a stream is one file, or '-' for standard input")
+    if not path.is_file():
+        raise FileNotFoundError(f"No such file: {name!r} (looked in {Path.cwd()})")
+    return path
+
+
+def _length(name: str) -> int | None:
+    """Bytes of text in a file, where that is known before its end: not of standard input and packed files."""
+    return None if name == "-" or Path(name).suffix.lower() in OPEN else _file(name).stat().st_size
+
+
+def _open(name: str) -> IO[bytes]:
+    if name == "-":
+        # Unbuffered: what has arrived is read, not waited for until a block is full.
+        return cast(IO[bytes], os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0))
+    path = _file(name)
+    opened = OPEN.get(path.suffix.lower())
+    return path.open("rb") if opened is None else cast(IO[bytes], opened(path, "rb"))
+
+
+def _blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
+    """What is in a file, block by block."""
+    try:
+        while block := file.read(BLOCK):
+            yield block
+    except (EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{name} is damaged or not what its name says ({error})") from error
+
+
+def _tokens(blocks: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
+    """The tokens of a text that comes in blocks, cut where words end, so that the cuts change no token."""
+    if isinstance(tokenizer, ByteTokenizer):
+        yield from map(tokenizer.encode, blocks)
+        return
+    rest = b""
+    for block in blocks:
+        rest += block
+        cut = max((match.end() for match in WORD_END.finditer(rest)), default=0)
+        if not cut and len(rest) > 16 * BLOCK:
+            # A script without spaces: cut before the last character, which may not be whole.
+            cut = len(rest) - 1
+            while cut > 1 and rest[cut] & 0xC0 == 0x80:
+                cut -= 1
+        if cut:
+            yield tokenizer.encode(rest[:cut])
+            rest = rest[cut:]
+    if rest:
+        yield tokenizer.encode(rest)
+
+
+def _progress() -> Progress:
+    """A live display on standard error, where it does not mix with what is printed."""
+    columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _rates(count: int, before: int, nats: float, size: float, seconds: float) -> str:
+    bits = f"{nats / math.log(2) / size:.4f} bits per byte, " if size else ""
+    after = f" after {before:,} earlier" if before else ""
+    return f"{count:,} tokens{after}, {bits}{count / seconds:,.0f} tokens/s"
+
+
+def _say(text: str) -> None:
+    """Print at once; on a terminal without the control characters, which a model may make up."""
+    if sys.stdout.isatty():
+        text = "".join(x for x in text if x in "\n\t" or x.isprintable())
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _size(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError

@@ -1,0 +1,117 @@
+"""Bits per byte of a long text that is read as one stream, as a curve over the position in it."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from miras.data.tokens import ByteTokenizer, Tokenizer
+from miras.nn.lm import LM
+from miras.nn.reading import Block, Mask, Spelling, as_rows, read_pieces
+
+CONDITIONS = ("learning", "frozen", "frozen-warmed", "reset")
+"""How a stream may be read; see `stream_curve`."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Bits per byte along a stream.
+
+    positions, bits_per_byte: (bins,), the middle of each bin in tokens and its mean; mean: over the whole
+    stream; num_tokens, num_bytes: what was scored, which is all but the first token; seconds: the reading
+    took.
+    """
+
+    condition: str
+    positions: tuple[float, ...]
+    bits_per_byte: tuple[float, ...]
+    mean: float
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+
+
+def stream_curve(
+    model: LM,
+    tokens: Block,
+    condition: str = "learning",
+    *,
+    segment: int = 2048,
+    warm: int | None = None,
+    bins: int = 100,
+    piece: int = 2048,
+    tokenizer: Tokenizer | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Curve:
+    """Score tokens (T,), of which a memory-mapped array is read piece by piece, under one condition.
+
+    learning: the memories write all along. frozen: they never write, and stay at A_0. frozen-warmed: they
+    write for the first `warm` tokens (None: the first half) and never again. reset: the model's `reset` mask
+    marks the first token of every `segment` tokens, a document's start: memories, convolutions and attention
+    windows all begin anew. A segment's first token is still predicted by what was read before it, so that all
+    conditions score the same tokens: all but the stream's first.
+
+    Bytes are those of the text that `tokenizer` decodes (None: tokens are bytes); within a piece they are
+    spread evenly over its tokens. `progress` is told the tokens read so far. Raises ValueError for values
+    without sense.
+    """
+    ids = as_rows(tokens)
+    num_tokens = ids.shape[1]
+    if len(ids) != 1 or num_tokens < 2:
+        raise ValueError(f"a stream of at least 2 tokens (T,) is needed, got {tuple(np.shape(tokens))}")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    write, reset = _masks(condition, segment, num_tokens // 2 if warm is None else warm)
+    spelling = (
+        None if tokenizer is None or isinstance(tokenizer, ByteTokenizer) else Spelling(tokenizer.decode)
+    )
+
+    # At least 2, so that the first bin holds more than the first token, which is not scored.
+    width = max(2, -(-num_tokens // bins))
+    bins = -(-num_tokens // width)
+    nats, sizes = np.zeros(bins), np.zeros(bins)
+    began = time.perf_counter()
+    for part in read_pieces(model, ids, piece=piece, write=write, reset=reset):
+        count = part.tokens.shape[1]
+        size = float(count)
+        if spelling is not None:
+            text = spelling.push(part.tokens[0])
+            text += spelling.rest() if part.start + count == num_tokens else ""
+            size = float(len(text.encode("utf-8")))
+        scored = ~np.isnan(part.losses[0])
+        at = (np.arange(part.start, part.start + count) // width)[scored]
+        nats += np.bincount(at, part.losses[0][scored], minlength=bins)
+        sizes += np.bincount(at, np.full(len(at), size / count), minlength=bins)
+        if progress is not None:
+            progress(part.start + count)
+    seconds = time.perf_counter() - began
+
+    edges = np.minimum(np.arange(bins + 1) * width, num_tokens)
+    return Curve(
+        condition=condition,
+        positions=tuple(((edges[:-1] + edges[1:]) / 2).tolist()),
+        bits_per_byte=tuple((nats / math.log(2) / sizes).tolist()),
+        mean=float(nats.sum() / math.log(2) / sizes.sum()),
+        num_tokens=num_tokens - 1,
+        num_bytes=round(sizes.sum()),
+        seconds=seconds,
+    )
+
+
+def _masks(condition: str, segment: int, warm: int) -> tuple[Mask | None, Mask | None]:
+    """The masks `write` and `reset` that make a condition."""
+    if segment < 1:
+        raise ValueError(f"segment must be at least 1 token, got {segment}")
+    if warm < 0:
+        raise ValueError(f"warm must not be negative, got {warm}")
+    masks: dict[str, tuple[Mask | None, Mask | None]] = {
+        "learning": (None, None),
+        "frozen": (lambda places: places < 0, None),
+        "frozen-warmed": (lambda places: places < warm, None),
+        "reset": (None, lambda places: places % segment == 0),
+    }
+    if condition not in masks:
+        raise ValueError(f"unknown condition {condition!r}; known are {', '.join(masks)}")
+    return masks[condition]

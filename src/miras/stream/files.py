@@ -1,0 +1,151 @@
+"""A stream's state on disk: one safetensors file that belongs to one model, and goes on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from miras.nn.folder import model_hash, write_atomically
+from miras.nn.lm import LM, LMState
+from miras.nn.reading import StreamState
+
+FORMAT = "miras-state"
+FORMAT_VERSION = 1
+"""Version of the files that `save_state` writes; older ones stay readable."""
+
+
+@dataclass(frozen=True)
+class StateHeader:
+    """What a state's file says about itself.
+
+    model: `model_hash` of the model it belongs to; tokens: read by each of its streams; time: when it was
+    saved (UTC, ISO 8601); summary: the model in a few words; extra: what the caller wrote beside it.
+    """
+
+    format_version: int
+    model: str
+    tokens: tuple[int, ...]
+    time: str
+    summary: str
+    extra: dict[str, str]
+
+
+def save_state(
+    path: str | Path, state: LMState, model: LM, *, extra: Mapping[str, str] | None = None
+) -> StateHeader:
+    """Write a state to one file, whole or not at all, with the hash of its model and a checksum of
+    everything.
+
+    Short floating types are written as fp32, which holds them exactly. A StreamState keeps the logits of its
+    next token, so that going on loses nothing.
+    """
+    tensors = {name: _storable(x) for name, x in state.tensors().items()}
+    config = model.config
+    header = StateHeader(
+        format_version=FORMAT_VERSION,
+        model=model_hash(model),
+        tokens=tuple(state.tokens.tolist()),
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        summary=f"{' '.join(config.pattern)}, hidden {config.hidden_size}, layers {config.num_hidden_layers}",
+        extra=dict(extra or {}),
+    )
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(header.format_version),
+        "model": header.model,
+        "tokens": json.dumps(header.tokens),
+        "time": header.time,
+        "summary": header.summary,
+        "extra": json.dumps(header.extra),
+    }
+    metadata["sha256"] = _digest(tensors, metadata)
+    write_atomically(Path(path), save(tensors, metadata))
+    return header
+
+
+def read_header(path: str | Path) -> StateHeader:
+    """What a state's file says about itself, without its tensors. Raises as `load_state` does."""
+    return _read(Path(path), with_tensors=False)[0]
+
+
+def load_state(path: str | Path, model: LM) -> tuple[LMState, StateHeader]:
+    """The state in a file, on the model's device, and the file's header.
+
+    Raises FileNotFoundError when there is none, and ValueError when it is corrupt or cut off, of a newer
+    format, or belongs to another model.
+    """
+    path = Path(path)
+    header, tensors = _read(path, with_tensors=True)
+    if (own := model_hash(model)) != header.model:
+        raise ValueError(
+            f"{path} belongs to another model: it was saved with model {header.model} ({header.summary}), "
+            f"this is model {own}; states go with the very weights that made them"
+        )
+    state: LMState = model.initial(len(header.tokens))
+    if "logits" in tensors:
+        state = StreamState(
+            state.layers, state.tokens, model.lm_head.weight.new_zeros(0, 0, dtype=torch.float32)
+        )
+    shape = state.tensors()
+    odd = [n for n in tensors.keys() | shape.keys() if n not in tensors or n not in shape]
+    odd += [n for n in tensors.keys() & shape.keys() if tensors[n].dim() != shape[n].dim()]
+    if odd:
+        raise ValueError(
+            f"{path} does not fit this version of the model's state: {', '.join(sorted(odd)[:5])}"
+        )
+    return state.with_tensors({n: x.to(shape[n]) for n, x in tensors.items()}), header
+
+
+def _storable(x: Tensor) -> Tensor:
+    x = x.detach().cpu()
+    x = x.float() if x.is_floating_point() and x.element_size() < 4 else x
+    # At a chunk's start A and the anchor are the same tensor, which a file must hold twice.
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _read(path: Path, with_tensors: bool) -> tuple[StateHeader, dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: a stream's state is one, as --save-state writes it")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = dict(file.metadata() or {})
+            names = list(file.keys()) if with_tensors else []
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or cut off: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a stream's state (its format is {metadata.get('format')!r})")
+    version = metadata.get("format_version", "")
+    if version.isdigit() and int(version) > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, this miras reads up to {FORMAT_VERSION}; upgrade miras"
+        )
+    try:
+        checksum = metadata.pop("sha256")
+        extra: dict[str, str] = json.loads(metadata["extra"])
+        tokens: list[int] = json.loads(metadata["tokens"])
+        header = StateHeader(
+            int(version), metadata["model"], tuple(tokens), metadata["time"], metadata["summary"], extra
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
+    if with_tensors and _digest(tensors, metadata) != checksum:
+        raise ValueError(f"{path} is corrupt: its checksum differs, a byte has changed since it was saved")
+    return header, tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """SHA-256 over the metadata and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name, x in sorted(tensors.items()):
+        digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
+        digest.update(x.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

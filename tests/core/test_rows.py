@@ -1,0 +1,81 @@
+"""Ragged batches: any mask, packed and put back."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from miras.core.rows import pack
+
+
+@st.composite
+def batches(draw):
+    B, T = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    mask = st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=B, max_size=B)
+    return B, T, *(torch.tensor(draw(mask)) if draw(st.booleans()) else None for _ in range(3))
+
+
+@given(batch=batches(), tail=st.lists(st.integers(1, 3), max_size=2))
+def test_round_trip(batch, tail):
+    B, T, valid, write, reset = batch
+    rows = pack((B, T), valid, write, reset)
+    x = torch.randn(B, T, *tail, generator=torch.Generator().manual_seed(B * T))
+    packed = rows.gather(x)
+    here = torch.ones(B, T, dtype=torch.bool) if valid is None else valid
+    for b in range(B):
+        n = int(here[b].sum())
+        assert torch.equal(packed[b, :n], x[b, here[b]])
+        assert rows.length is None or int(rows.length[b]) == n
+        if rows.write is not None:
+            assert torch.equal(rows.write[b, :n], write[b, here[b]])
+        if rows.reset is not None:
+            assert torch.equal(rows.reset[b, :n], reset[b, here[b]])
+            assert not rows.reset[b, n:].any()
+    assert (rows.write is None) == (write is None)
+    assert rows.reset is not None or reset is None or not reset.any()
+    assert (rows.length is None) == bool(here.all())
+    counted = rows.valid(T)
+    assert counted is None or torch.equal(counted.sum(1), here.sum(1))
+    assert torch.equal(rows.scatter(packed), x * here.view(B, T, *[1] * len(tail)))
+
+
+@given(batch=batches())
+def test_padding_comes_back_as_zero_whatever_was_computed_there(batch):
+    B, T, valid, write, reset = batch
+    rows = pack((B, T), valid, write, reset)
+    if rows.length is None:
+        return
+    y = torch.ones(B, T, 2).masked_fill(~rows.valid(T)[..., None], torch.nan)
+    assert torch.equal(rows.scatter(y), valid[..., None].expand(B, T, 2).float())
+
+
+def test_full_rows_are_not_moved():
+    x = torch.randn(2, 3, 4)
+    for valid in (None, torch.ones(2, 3, dtype=torch.bool)):
+        rows = pack((2, 3), valid)
+        assert rows.gather(x) is x and rows.scatter(x) is x
+    padded = pack((1, 3), torch.tensor([[True, True, False]]))
+    assert padded.order is None and padded.length.tolist() == [2]
+
+
+def test_gradients_pass_and_stop_at_padding():
+    valid = torch.tensor([[False, True, False, True]])
+    rows = pack((1, 4), valid)
+    x = torch.randn(1, 4, 2, dtype=torch.float64, requires_grad=True)
+    rows.scatter(rows.gather(x) * 3).sum().backward()
+    assert torch.equal(x.grad, 3.0 * valid[..., None].expand(1, 4, 2))
+
+
+@pytest.mark.parametrize("name", ["valid", "write", "reset"])
+@pytest.mark.parametrize(
+    ("mask", "got"),
+    [
+        (torch.ones(2, 3), r"torch.float32 \(2, 3\)"),
+        (torch.ones(2, 3, dtype=torch.long), r"torch.int64 \(2, 3\)"),
+        (torch.ones(3, 2, dtype=torch.bool), r"torch.bool \(3, 2\)"),
+        (torch.ones(3, dtype=torch.bool), r"torch.bool \(3,\)"),
+    ],
+)
+def test_a_mask_of_another_kind_is_refused(name, mask, got):
+    with pytest.raises(ValueError, match=rf"{name} must be a bool mask \(B, T\) = \(2, 3\), got {got}"):
+        pack((2, 3), **{name: mask})

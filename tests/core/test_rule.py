@@ -1,0 +1,244 @@
+"""What a rule refuses and how it says so, and which gate reaches which weight."""
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from miras.core.algorithm import GradientDescent
+from miras.core.bias import L2, Dot
+from miras.core.memory import MLP, Matrix
+from miras.core.retention import Decay
+from miras.core.rule import Rule, init_state, recurrence
+from miras.core.scan import scan
+
+B, H, T, D = 2, 3, 5, 4
+RULE = Rule(memory=MLP(expansion=2), algorithm=GradientDescent(momentum=True), chunk_size=3)
+both = pytest.mark.parametrize("function", [scan, recurrence])
+
+
+def randn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def start(rule, width=D, heads=H):
+    shapes = rule.memory.shapes(width, width)
+    return {n: randn(i, B, heads, *shape).div(2) for i, (n, shape) in enumerate(shapes.items())}
+
+
+def arguments(rule, T=T):
+    q, k, v = (randn(10 + i, B, H, T, D) for i in range(3))
+    g = torch.Generator().manual_seed(1)
+    gates = {n: torch.rand(B, H, T, generator=g, dtype=torch.float64) * 0.5 for n in rule.gates()}
+    return [rule, init_state(rule, start(rule)), q, normalize(k, dim=-1), v, gates]
+
+
+def refused(function, message, args, **masks):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        function(*args, **masks)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind", "example"),
+    [
+        ("memory", "matrix", "Memory", "Matrix()"),
+        ("memory", Matrix, "Memory", "Matrix()"),
+        ("bias", Decay(), "Bias", "L2()"),
+        ("retention", None, "Retention", "Decay()"),
+        ("algorithm", 0.1, "Algorithm", "GradientDescent()"),
+    ],
+)
+def test_an_axis_takes_its_own_kind(field, value, kind, example):
+    message = f"Rule: {field} must be a {kind}, got {value!r}; write for instance Rule({field}={example})"
+    with pytest.raises(TypeError, match="^" + re.escape(message) + "$"):
+        Rule(**{field: value})
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "16", None])
+def test_a_chunk_is_a_whole_number_of_tokens(size):
+    message = f"Rule: chunk_size must be a whole number of at least 1, got {size!r}"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        Rule(chunk_size=size)
+
+
+@pytest.mark.parametrize("sizes", [{"depth": 0}, {"expansion": 0}, {"depth": -1, "expansion": 2}])
+def test_a_deep_memory_has_a_layer(sizes):
+    depth, expansion = sizes.get("depth", 2), sizes.get("expansion", 4)
+    message = f"MLP: depth and expansion must be at least 1, got depth={depth}, expansion={expansion}"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        MLP(**sizes)
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
+def test_a_step_bound_is_not_negative(strength):
+    message = f"GradientDescent: step_bound must be 0 (none) or positive, got {strength}"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        GradientDescent(step_bound=strength)
+
+
+def test_a_residual_memory_needs_equal_widths():
+    with pytest.raises(ValueError, match=r"must be equal; got 4 and 3\. Use MLP\(residual=False\) or equal"):
+        MLP().shapes(4, 3)
+    assert MLP(depth=3, expansion=2, residual=False).shapes(4, 3) == {
+        "w1": (4, 8),
+        "w2": (8, 8),
+        "w3": (8, 3),
+    }
+
+
+def test_gates_that_a_rule_reads():
+    assert Rule().gates() == ("lr", "forget")
+    assert RULE.gates() == ("lr", "momentum", "forget")
+
+
+def test_init_state_names_what_does_not_fit():
+    A0 = start(RULE)
+    message = "init_state: every weight must be (B, H, d_in, d_out); got w1 (3, 4, 8), w2 (3, 8, 4)"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        init_state(RULE, {n: a[0] for n, a in A0.items()})
+    for wrong in (
+        {"w1": A0["w1"], "w2": A0["w2"][:, :, :-1]},  # a hidden width
+        {"w1": A0["w1"], "w2": A0["w2"][:, :2]},  # heads
+        {"w1": A0["w1"], "w2": A0["w2"][:1]},  # rows
+        {"w1": A0["w1"], "two": A0["w2"]},  # a name
+        {"w2": A0["w2"], "w1": A0["w1"]} | {"w3": A0["w1"]},  # one too many
+    ):
+        with pytest.raises(ValueError, match=r"MLP at widths \d, \d needs weights .*; got|must be equal"):
+            init_state(RULE, wrong)
+    shapes = {"w": (B, H, 4, 4), "u": (B, H, 4, 4)}
+    message = (
+        "init_state: Matrix at widths 4, 4 needs weights {'w': (4, 4)} behind (B, H); "
+        "got {'w': (2, 3, 4, 4), 'u': (2, 3, 4, 4)}"
+    )
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        init_state(Rule(), {n: torch.zeros(shape) for n, shape in shapes.items()})
+
+
+@both
+@pytest.mark.parametrize(
+    ("place", "shape"),
+    [(2, (B, H, T)), (3, (B, H, T + 1, D)), (3, (B, H, T, D + 1)), (4, (B, H, T + 1, D)), (4, (B, H, T))],
+)
+def test_queries_keys_and_values_fit_together(function, place, shape):
+    args = arguments(RULE)
+    args[place] = torch.zeros(shape, dtype=torch.float64)
+    q, k, v = (tuple(x.shape) for x in args[2:5])
+    message = f"scan: q and k must be (B, H, T, Dk) and v (B, H, T, Dv); got q {q}, k {k}, v {v}"
+    refused(function, message, args)
+
+
+@both
+def test_the_state_belongs_to_the_memory(function):
+    args = arguments(RULE)
+    args[1] = init_state(Rule(), {"w": randn(0, B, H, D, D)})
+    message = (
+        f"scan: the state belongs to another memory: for {B} rows, {H} heads and widths 4, 4 the weights are "
+        f"{{'w1': (4, 8), 'w2': (8, 4)}}, the state holds {{'w': (2, 3, 4, 4)}}"
+    )
+    refused(function, message, args)
+    args[1] = init_state(RULE, start(RULE)).select([0])
+    refused(function, "scan: the state belongs to another memory: for 2 rows, 3 heads and widths 4, 4", args)
+    args[1] = init_state(RULE, start(RULE, heads=2))
+    refused(function, "scan: the state belongs to another memory: for 2 rows, 3 heads and widths 4, 4", args)
+
+
+@both
+@pytest.mark.parametrize("name", ["delta", "lr.w", "lr.w3", "lr.", "w1.lr", "LR"])
+def test_unknown_gates(function, name):
+    args = arguments(RULE)
+    args[5][name] = args[5]["lr"]
+    refused(function, f"scan: unknown gate {name!r}; this rule reads lr, momentum, forget", args)
+
+
+@both
+@pytest.mark.parametrize("name", ["lr", "momentum", "forget"])
+def test_missing_gates(function, name):
+    args = arguments(RULE)
+    gate = args[5].pop(name)
+    message = f"scan: gate {name!r} is missing; this rule reads lr, momentum, forget"
+    refused(function, message, args)
+    args[5][f"{name}.w2"] = gate  # one weight of two
+    refused(function, message, args)
+    args[5][f"{name}.w1"] = gate
+    function(*args)
+
+
+@both
+def test_momentum_without_momentum(function):
+    args = arguments(Rule(memory=MLP(expansion=2)))
+    args[5]["momentum"] = args[5]["lr"]
+    refused(function, "scan: unknown gate 'momentum'; this rule reads lr, forget", args)
+
+
+@both
+@pytest.mark.parametrize("name", ["lr", "momentum.w2"])
+@pytest.mark.parametrize("shape", [(B, T), (B, H, T, 1), (B, 1, T), (B, H, T - 1), (1, H, T)])
+def test_gates_of_another_shape(function, name, shape):
+    args = arguments(RULE)
+    args[5][name] = torch.zeros(shape)
+    refused(function, f"scan: gate {name!r} must be (B, H, T) = (2, 3, 5), got {shape}", args)
+
+
+@both
+@pytest.mark.parametrize("name", ["valid", "write", "reset"])
+@pytest.mark.parametrize(
+    "mask", [torch.ones(B, T), torch.ones(T, dtype=torch.bool), torch.ones(B, H, T, dtype=torch.bool)]
+)
+def test_masks_of_another_kind(function, name, mask):
+    message = f"scan: {name} must be a bool mask (B, T) = (2, 5), got {mask.dtype} {tuple(mask.shape)}"
+    refused(function, message, arguments(RULE), **{name: mask}, initial=start(RULE))
+
+
+@both
+def test_reset_needs_where_to_go_back_to(function):
+    reset = torch.zeros(B, T, dtype=torch.bool)
+    message = "scan: reset goes back to the initial accumulators; give them as initial=A0"
+    refused(function, message, arguments(RULE), reset=reset)
+
+
+@pytest.mark.parametrize("memory", [Matrix(), MLP(expansion=2)])
+def test_no_tokens_change_nothing(memory):
+    rule = Rule(memory=memory, algorithm=GradientDescent(True, 1.0), chunk_size=3)
+    _, state = scan(*arguments(rule, 4))
+    y, after = scan(rule, state, *arguments(rule, 0)[2:])
+    assert y.shape == (B, H, 0, D)
+    for name, x in after.tensors().items():
+        assert torch.equal(x, state.tensors()[name]), name
+
+
+@both
+@pytest.mark.parametrize("gate", ["lr", "momentum", "forget"])
+def test_a_weights_own_gate_reaches_that_weight_only(function, gate):
+    # Three weights in a chunk that stays open: gradients are taken at A_0, so what one weight's gate does to
+    # another weight can only be a mistake.
+    rule = Rule(memory=MLP(depth=3, expansion=1), algorithm=GradientDescent(True), chunk_size=8)
+    args = arguments(rule)
+    _, before = function(*args)
+    args[5][f"{gate}.w2"] = 0.5 * args[5][gate]
+    _, after = function(*args)
+    for name in ("w1", "w3"):
+        assert torch.equal(after.A[name], before.A[name])
+    assert (after.A["w2"] - before.A["w2"]).abs().max() > 1e-3
+
+
+@both
+def test_own_gates_equal_to_the_shared_one_change_nothing(function):
+    args = arguments(RULE)
+    y, state = function(*args)
+    shared = dict(args[5])
+    args[5] = {f"{n}.{w}": g for n, g in shared.items() if n != "forget" for w in ("w1", "w2")}
+    args[5]["forget"] = shared["forget"]
+    own_y, own_state = function(*args)
+    assert torch.equal(own_y, y)
+    for name, x in own_state.tensors().items():
+        assert torch.equal(x, state.tensors()[name]), name
+
+
+@pytest.mark.parametrize(
+    "rule", [Rule(), Rule(bias=Dot(), retention=Decay(decayed=True)), RULE, Rule(bias=L2())]
+)
+def test_rules_are_values(rule):
+    twin = Rule(rule.memory, rule.bias, rule.retention, rule.algorithm, rule.chunk_size)
+    assert twin == rule and hash(twin) == hash(rule)
+    assert rule != Rule(chunk_size=5)

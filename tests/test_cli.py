@@ -1,0 +1,443 @@
+"""The command line: what is printed, what is written, and one clear line for what goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from miras import __version__, commands
+from miras.cli import COMMANDS, main, parse
+from miras.data.novel import load_novel
+from miras.data.tokens import ByteTokenizer
+from miras.nn.folder import model_hash, save_model
+from miras.nn.lm import LM
+from miras.options import EvalOptions, InfoOptions, StreamOptions
+from miras.presets import preset
+from miras.stream import load_state, read
+from miras.train.options import TrainOptions
+
+TEXT = load_novel().heldout[:900]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 8, "window_size": 16}
+
+
+def build(name: str = "titans-mag", seed: int = 0, **options: object) -> LM:
+    torch.manual_seed(seed)
+    return LM(preset(name, **(SIZES | options)))  # pyright: ignore
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its twin, and a text; nothing writes to it."""
+    folder = tmp_path_factory.mktemp("shared")
+    save_model(build(), folder / "model")
+    save_model(build("transformer"), folder / "twin")
+    (folder / "text.txt").write_bytes(TEXT)
+    return folder
+
+
+@pytest.fixture
+def place(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with `model`, `twin` and `text.txt`."""
+    for name in ("model", "twin", "text.txt"):
+        (tmp_path / name).symlink_to(shared / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MIRAS_DEBUG", raising=False)
+    return tmp_path
+
+
+def run(line: str) -> int:
+    return main(line.split())
+
+
+def refused(line: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a wrong command line says: one line, on standard error, with exit status 2."""
+    capsys.readouterr()
+    assert run(line) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert err.startswith("miras: ") and err.count("\n") == 1, err
+    return err
+
+
+# Help
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from miras.cli import COMMANDS, main\n"
+        "for name in COMMANDS: assert main([name, '--help']) == 0, name\n"
+        "assert main(['--help']) == 0 and main(['--version']) == 0\n"
+        "found = {'torch', 'transformers', 'numpy'} & sys.modules.keys(); assert not found, found"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, command in COMMANDS.items():
+        assert f"usage: miras {name}" in done.stdout
+        assert f"{name} " in done.stdout and (command.__doc__ or "?").strip() in done.stdout
+    assert "--config FILE.yaml" in done.stdout and f"miras {__version__}" in done.stdout
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "miras.cli", "eval", "--help"], check=True, capture_output=True)
+        times.append(time.perf_counter() - began)
+    print(f"`miras eval --help` took {sorted(times)[2]:.3f} s")
+
+
+def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
+    assert main([]) == 2
+    assert "usage: miras COMMAND" in capsys.readouterr().out
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("steam", "unknown command 'steam', perhaps you meant 'stream'; known are train, eval, generate"),
+        ("info titan-mag", "unknown preset 'titan-mag', perhaps you meant 'titans-mag'"),
+        ("info empty", "empty is not a model: config.json is missing"),
+        ("info titans-mag --hidden-size 33", "hidden_size 33 is not a multiple of num_heads 4"),
+        ("eval nowhere", "nowhere is not a model: config.json is missing"),
+        ("eval broken", "model.safetensors is corrupt or cut off"),
+        ("eval odd", "config.json is not valid JSON"),
+        ("eval small", "its byte vocabulary (it has no tokenizer.json) has 256 ids, the model only 100"),
+        ("eval model --text nowhere.txt", "No such file or folder: 'nowhere.txt'"),
+        ("eval model --text empty.txt", "'empty.txt' is empty"),
+        ("eval model --text text.txt --segment 0", "segment must be at least 1"),
+        ("eval model --text text.txt --tokens 1", "--tokens must be at least 2"),
+        ("eval model --conditions", "name at least one of --conditions"),
+        ("generate model", "the prompt is empty"),
+        ("generate model --prompt a --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
+        ("generate model --prompt a --load-state no.state", "no.state is no file"),
+        ("generate model --prompt a --load-state text.txt", "text.txt is corrupt or cut off"),
+        ("stream model nowhere.txt", "No such file: 'nowhere.txt'"),
+        ("stream model empty.txt", "empty.txt is empty: nothing to read"),
+        ("stream model empty", "empty is a folder"),
+        ("stream model bad.xz", "bad.xz is damaged or not what its name says"),
+        ("stream model cut.gz", "cut.gz is damaged or not what its name says"),
+        ("stream model text.txt --threads -1", "--threads must be 0"),
+        ("stream model text.txt --piece 0", "piece must be at least 1"),
+        ("stream model text.txt --config none.yaml", "no such config file: none.yaml"),
+        ("stream model text.txt --config", "--config needs a YAML file"),
+    ],
+)
+def test_what_goes_wrong_is_one_clear_line(
+    place: Path, line: str, reason: str, capsys: pytest.CaptureFixture[str]
+):
+    import gzip
+
+    (place / "empty").mkdir()
+    (place / "empty.txt").touch()
+    (place / "bad.xz").write_bytes(b"no xz at all")
+    (place / "cut.gz").write_bytes(gzip.compress(TEXT)[:-20])
+    if "broken" in line or "odd" in line or "small" in line:
+        save_model(build(vocab_size=100 if "small" in line else 256), place / line.split()[1])
+    if "broken" in line:
+        file = place / "broken" / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    if "odd" in line:
+        (place / "odd" / "config.json").write_text("{")
+    assert reason in refused(line, capsys)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("eval model --foo 3", "Unrecognized options: --foo"),
+        ("eval model --segment x", "--segment"),
+        ("eval model --conditions learning thawed", "thawed"),
+        ("stream model", "FILE"),
+    ],
+)
+def test_a_wrong_flag_is_named(line: str, reason: str, capsys: pytest.CaptureFixture[str]):
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert reason in err and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    assert run("info nothing --debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("MIRAS_DEBUG", "1")
+    assert run("info nothing") == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("MIRAS_DEBUG", "0")
+    refused("info nothing", capsys)
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    def wrong(_: list[str]) -> int:
+        raise RuntimeError("ours")
+
+    monkeypatch.setitem(COMMANDS, "info", wrong)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["info"])
+
+
+def test_a_closed_pipe_is_no_error():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "miras.cli", "--help"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+# YAML
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text("segment: 7\nbins: 5\nconditions: [reset, frozen]\ntext: one.txt\ntwin: t\nwarm: null\n")
+    found = parse(EvalOptions, "eval", ["m", "--bins", "9", "--config", str(file)])
+    assert found == EvalOptions(
+        model=Path("m"),
+        segment=7,
+        bins=9,
+        conditions=("reset", "frozen"),
+        text=("one.txt",),
+        twin=Path("t"),
+    )
+    assert parse(EvalOptions, "eval", [f"--config={file}", "m", "--text", "a", "b"]).text == ("a", "b")
+
+
+def test_yaml_is_read_as_flags_are(tmp_path: Path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "out: runs/a\nlr: 3e-4\nhidden-size: 64\ncarry: false\nneedle: true\npattern: [mag, memory]\n"
+    )
+    found = parse(TrainOptions, "train", ["--config", str(file), "--no-needle"])
+    assert (found.out, found.lr, found.hidden_size) == (Path("runs/a"), 3e-4, 64)
+    assert (found.carry, found.needle, found.pattern) == (False, False, ("mag", "memory"))
+    file.write_text("")
+    assert parse(InfoOptions, "info", ["x", "--config", str(file)]) == InfoOptions(model="x")
+
+
+def test_positional_values_may_come_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: m\n")
+    assert parse(EvalOptions, "eval", ["--config", str(file)]).model == Path("m")
+    assert parse(EvalOptions, "eval", ["n", "--config", str(file)]).model == Path("n")
+    assert "so it must give file too, or neither" in refused(f"stream big.txt --config {file}", capsys)
+    file.write_text("file: f\n")
+    assert parse(StreamOptions, "stream", ["m", "--config", str(file)]) == StreamOptions(
+        model=Path("m"), file="f"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("segmnt: 3", "unknown key 'segmnt', perhaps you meant 'segment'; known are model, text"),
+        ("segment: three", "segment must be int, got 'three'"),
+        ("segment: 2.5", "segment must be int, got 2.5"),
+        ("segment: true", "segment must be int, got True"),
+        ("conditions: [thawed]", "conditions must be tuple, got ['thawed']"),
+        ("- segment", "must hold one `name: value` per line"),
+        ("segment: [", "is not valid YAML"),
+    ],
+)
+def test_wrong_yaml_is_one_clear_line(
+    tmp_path: Path, text: str, reason: str, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "c.yaml").write_text(text)
+    err = refused(f"eval model --config {tmp_path / 'c.yaml'}", capsys)
+    assert reason in err and "c.yaml" in err
+
+
+# Commands
+
+
+def test_info(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("info model") == 0
+    out = capsys.readouterr().out
+    model = build()
+    assert "2 x mag" in out and f"{model.num_parameters():,} parameters" in out
+    assert "S_t = momentum_t S_{t-1} - b_t lr_t grad_t" in out and "0.9 sigmoid(x W + b)" in out
+    assert run("info titans-lmm --hidden-size 64 --num-hidden-layers 3 --chunk-size 4 --json") == 0
+    found = json.loads(capsys.readouterr().out)
+    config = preset("titans-lmm", hidden_size=64, num_hidden_layers=3, chunk_size=4)
+    assert found["config"] == json.loads(json.dumps(config.to_dict()))
+    assert found["parameters"] == LM(config).num_parameters()
+    assert run("info transformer --hidden-size 64") == 0
+    out = capsys.readouterr().out
+    assert "grows with every token" in out and "the memory" not in out
+
+
+def test_eval(place: Path, capsys: pytest.CaptureFixture[str]):
+    line = (
+        "eval model --text text.txt --twin twin --segment 100 --warm 200 --tokens 600 --json out/curves.json"
+    )
+    assert run(line) == 0
+    out = capsys.readouterr().out
+    found = json.loads((place / "out" / "curves.json").read_text())
+    assert found["model_hash"] == model_hash(build())
+    names = ["learning", "frozen", "frozen-warmed", "reset", "twin"]
+    assert [curve["name"] for curve in found["curves"]] == names
+    ids = ByteTokenizer().encode(TEXT)[:600]
+    for curve in found["curves"]:
+        assert curve["num_tokens"] == curve["num_bytes"] == 599
+        assert f"{curve['mean']:.4f}" in out
+    losses = read(build(), ids).losses[0, 1:].astype(np.float64)
+    assert found["curves"][0]["mean"] == pytest.approx(losses.mean() / np.log(2), rel=1e-6)
+    losses = read(build("transformer"), ids).losses[0, 1:].astype(np.float64)
+    assert found["curves"][4]["mean"] == pytest.approx(losses.mean() / np.log(2), rel=1e-6)
+
+
+def test_eval_of_the_embedded_novel(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("eval model --conditions learning --tokens 300") == 0
+    assert "299 tokens, 299 bytes scored" in capsys.readouterr().out
+
+
+def test_generate_goes_on_from_a_saved_state(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "model", "--prompt", "Dear Pip,", "--tokens", "30", "--temperature", "0"]) == 0
+    whole = capsys.readouterr().out
+    start = ["generate", "model", "--prompt", "Dear Pip,", "--tokens", "12", "--temperature", "0"]
+    assert main([*start, "--save-state", "s"]) == 0
+    first = capsys.readouterr()
+    assert "state after 21 tokens saved to s" in first.err
+    assert run("generate model --tokens 18 --temperature 0 --load-state s") == 0
+    second = capsys.readouterr().out
+    if "\ufffd" not in whole:  # a character may be cut in two
+        assert first.out[:-1] + second == whole
+    state, _ = load_state("s", build())
+    assert state.tokens.tolist() == [21]
+    assert run("generate twin --tokens 5 --load-state s") == 2
+    err = capsys.readouterr().err
+    assert model_hash(build()) in err and model_hash(build("transformer")) in err
+
+
+def test_stream_reads_files_and_standard_input_alike(place: Path, capsys: pytest.CaptureFixture[str]):
+    import lzma
+
+    (place / "text.xz").write_bytes(lzma.compress(TEXT))
+    told = []
+    for name in ("text.txt", "text.xz"):
+        assert run(f"stream model {name} --save-state {name}.state --piece 100") == 0
+        told.append(capsys.readouterr().out)
+    command = [sys.executable, "-m", "miras.cli", "stream", "model", "-", "--save-state", "in.state"]
+    done = subprocess.run([*command, "--piece", "100"], input=TEXT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    told.append(done.stdout.decode())
+    found = read(build(), ByteTokenizer().encode(TEXT), piece=100)
+    bits = np.nanmean(found.losses.astype(np.float64)) / np.log(2)
+    for out in told:
+        assert f"900 tokens, {bits:.4f} bits per byte" in out and "state after 900 tokens saved" in out
+    wanted = found.state.tensors()
+    for name in ("text.txt.state", "text.xz.state", "in.state"):
+        state, header = load_state(name, build())
+        assert header.tokens == (900,)
+        for key, value in state.tensors().items():
+            torch.testing.assert_close(value, wanted[key], msg=key)
+
+
+def test_stream_goes_on_and_need_not_learn(place: Path, capsys: pytest.CaptureFixture[str]):
+    model = build()
+    assert run("stream model text.txt --save-state a") == 0
+    assert run("stream model text.txt --load-state a --save-state b --no-write") == 0
+    assert "900 tokens after 900 earlier" in capsys.readouterr().out
+    (a, _), (b, _) = load_state("a", model), load_state("b", model)
+    assert b.tokens.tolist() == [1800]
+    before, after = a.tensors(), b.tensors()
+    memories = [name for name in before if ".A." in name]
+    assert memories and all(torch.equal(before[name], after[name]) for name in memories)
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_ctrl_c_says_what_was_saved(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, saves: bool
+):
+    pieces = commands.read_pieces
+
+    def stopped(*arguments: object, **options: object):
+        for part in pieces(*arguments, **options):  # pyright: ignore
+            yield part
+            if part.start >= 200:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "read_pieces", stopped)
+    assert run("stream model text.txt --piece 104" + " --save-state s" * saves) == 130
+    err = capsys.readouterr().err
+    assert "miras: stopped; 312 tokens were read; " in err
+    if saves:
+        assert "state after 312 tokens saved to s" in err
+        assert load_state("s", build())[1].tokens == (312,)
+    else:
+        assert "nothing was saved (no --save-state)" in err and not (place / "s").exists()
+
+
+def test_ctrl_c_while_generating(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def say(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_say", say)
+    assert run("generate model --prompt abc --save-state s") == 130
+    assert "stopped; state after 4 tokens saved to s" in capsys.readouterr().err
+
+
+def test_a_tokenizer_in_the_folder_is_used(place: Path, capsys: pytest.CaptureFixture[str]):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, initial_alphabet=alphabet)
+    made.train_from_iterator([TEXT.decode(errors="ignore")], trainer)
+    model = build(vocab_size=300)
+    save_model(model, place / "bpe", extra={"tokenizer.json": made.to_str().encode()})
+    _, tokenizer = commands.open_model(place / "bpe")
+    assert tokenizer.vocab_size == 300
+    ids = tokenizer.encode(TEXT)
+    # Blocks of any size are cut where words end, so that the tokens are those of the whole.
+    for size in (1, 10, 1000):
+        blocks = iter([TEXT[at : at + size] for at in range(0, len(TEXT), size)])
+        assert np.concatenate(list(commands._tokens(blocks, tokenizer))).tolist() == ids.tolist()
+    assert run("stream bpe text.txt") == 0
+    out = capsys.readouterr().out
+    nats = np.nansum(read(model, ids).losses, dtype=np.float64)
+    bits = float(out.split(" bits per byte")[0].split()[-1])
+    assert out.startswith(f"{len(ids)} tokens") and bits == pytest.approx(nats / np.log(2) / 900, rel=5e-3)
+    assert run("eval bpe --text text.txt --conditions learning --twin model") == 2
+    assert "another tokenizer" in capsys.readouterr().err
+    assert main(["generate", "bpe", "--prompt", "a b", "--tokens", "5"]) == 0
+
+
+def test_a_text_without_spaces_is_not_held_back(monkeypatch: pytest.MonkeyPatch):
+    class Other:
+        sizes: ClassVar[list[int]] = []
+        fingerprint, vocab_size = "other", 256
+
+        def encode(self, text: bytes) -> np.ndarray:
+            text.decode()  # whole characters only
+            self.sizes.append(len(text))
+            return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
+
+    monkeypatch.setattr(commands, "BLOCK", 10)
+    data = "語".encode() * 400
+    blocks = iter([data[at : at + 10] for at in range(0, len(data), 10)])
+    ids = np.concatenate(list(commands._tokens(blocks, Other())))  # pyright: ignore
+    assert ids.astype(np.uint8).tobytes() == data and max(Other.sizes) <= 180
+
+
+def test_control_characters_do_not_reach_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    commands._say("a\x1b[2Jb\n")
+    assert capsys.readouterr().out == "a\x1b[2Jb\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    commands._say("a\x1b[2Jb\n\té語")
+    assert capsys.readouterr().out == "a[2Jb\n\té語"
