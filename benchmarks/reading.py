@@ -1,7 +1,8 @@
 """Does the memory help to read? titans-mag against its attention-only twin, paired seeds, equal tokens.
 
 Both are trained on the same lanes of text with carried state, then read held-out books as one stream each.
-Resumable: a run that is there is not trained again.
+Resumable: a run that is there is not trained again. With --equal-time, a second call also trains the twin of those
+seeds for as many CPU seconds as the memory model took.
 
     python benchmarks/reading.py --text novels.tar.xz --heldout Treasure Women Adam_ Nostromo
 
@@ -9,7 +10,6 @@ Without --text the embedded novel serves, split into its training and held-out c
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import time
@@ -96,6 +96,9 @@ def main() -> None:
     parser.add_argument("--heldout", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument(
+        "--equal-time", type=int, nargs="*", default=[], help="seeds whose twin also gets equal time"
+    )
     parser.add_argument("--bytes", type=int, default=131_072, help="bytes read of each held-out book")
     parser.add_argument("--out", type=Path, default=Path("runs/reading"))
     parser.add_argument("--threads", type=int, default=1)
@@ -106,43 +109,58 @@ def main() -> None:
     twin = attention_twin(memory, parameters(memory), parameters)
     rows = []
     for seed in options.seeds:
-        for name, model_config in (("titans-mag", memory), ("twin", twin)):
-            folder = options.out / f"{name}-{seed}"
+        runs = {"titans-mag": (memory, options.steps), "twin": (twin, options.steps)}
+        if seed in options.equal_time:
+            pace = {
+                n: took(options.out / f"{n}-{seed}") for n in runs if (options.out / f"{n}-{seed}").exists()
+            }
+            if len(pace) == 2:  # on the second call, when both have been timed
+                longer = options.steps * pace["titans-mag"]["seconds"] / pace["twin"]["seconds"]
+                runs["twin, equal time"] = (twin, round(longer))
+        for name, (model_config, steps) in runs.items():
+            folder = options.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
             if not (folder / "config.json").exists():
-                torch.manual_seed(seed)
-                task = TextTask(tokens, offsets, batch_size=4, seq_len=512, align=32, seed=seed)
-                run = Run(LM(model_config), task, Settings(steps=options.steps))
-                began = time.process_time()
-                for row in run.until(options.steps):
-                    if row["step"] % 100 == 0:
-                        print(f"{name} {seed} step {row['step']} {row['bits_per_byte']:.3f}", flush=True)
-                took = {"seconds": time.process_time() - began, "tokens": run.tokens}
-                save_model(run.model, folder, {"took.json": json.dumps(took).encode()})
+                train(folder, name, model_config, tokens, offsets, seed, steps)
             model = load_model(folder).eval()
-            took = json.loads((folder / "took.json").read_text())
             modes = ("learning", "reset", "frozen") if name == "titans-mag" else ("learning",)
             for mode in modes:
                 nats = [read(model, book[: options.bytes], mode, 2048) for book in held.values()]
                 bits = float(np.mean(nats)) / math.log(2)
-                row = {"model": name, "seed": seed, "mode": mode, "bits_per_byte": bits, **took}
-                row["parameters"] = model.num_parameters()
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "results.json").write_text(json.dumps(rows, indent=2))
-    pairs = [
-        next(r["bits_per_byte"] for r in rows if r["seed"] == s and r["model"] == "twin")
-        - next(
-            r["bits_per_byte"]
-            for r in rows
-            if r["seed"] == s and r["mode"] == "learning" and r["model"] != "twin"
-        )
-        for s in options.seeds
-    ]
+                row = {"model": name, "seed": seed, "mode": mode, "bits_per_byte": bits, **took(folder)}
+                rows.append({**row, "parameters": model.num_parameters()})
+                print(json.dumps(rows[-1]), flush=True)
+    (options.out / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+    learned = {(r["model"], r["seed"]): r["bits_per_byte"] for r in rows if r["mode"] == "learning"}
+    gaps = [learned["twin", s] - learned["titans-mag", s] for s in options.seeds]
     print(
-        f"twin minus titans-mag, bits per byte, by seed: {[round(p, 4) for p in pairs]}; mean {np.mean(pairs):.4f}"
+        f"twin minus titans-mag, bits per byte, by seed: {[round(g, 4) for g in gaps]}; mean {np.mean(gaps):.4f}"
     )
-    print(dataclasses.asdict(memory)["hidden_size"], "wide;", len(held), "held-out books")
+
+
+def took(folder: Path) -> dict[str, float]:
+    """CPU seconds and tokens of a run's training."""
+    return json.loads((folder / "took.json").read_text())
+
+
+def train(
+    folder: Path,
+    name: str,
+    config: ModelConfig,
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    seed: int,
+    steps: int,
+) -> None:
+    """Train one model and keep it in a folder."""
+    torch.manual_seed(seed)
+    task = TextTask(tokens, offsets, batch_size=4, seq_len=512, align=32, seed=seed)
+    run = Run(LM(config), task, Settings(steps=steps))
+    began = time.process_time()
+    for row in run.until(steps):
+        if row["step"] % 100 == 0:
+            print(f"{name} {seed} step {row['step']} {row['bits_per_byte']:.3f}", flush=True)
+    spent = {"seconds": time.process_time() - began, "tokens": run.tokens, "steps": steps}
+    save_model(run.model, folder, {"took.json": json.dumps(spent).encode()})
 
 
 if __name__ == "__main__":

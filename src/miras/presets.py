@@ -13,7 +13,7 @@ from miras.nn.gates import Gate
 TITANS = {
     "rule": Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
     "gates": {
-        "lr": Gate(scale=0.5, per_weight=True),
+        "lr": Gate(scale=0.25, per_weight=True),
         "momentum": Gate(scale=0.9, per_weight=True),
         "forget": Gate(bias=-5.0, per_weight=True),
     },

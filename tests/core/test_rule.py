@@ -70,9 +70,12 @@ def test_a_deep_memory_has_a_layer(sizes):
         MLP(**sizes)
 
 
-@pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan"), True])
 def test_a_step_bound_is_not_negative(strength):
-    message = f"GradientDescent: step_bound must be 0 (none) or positive, got {strength}"
+    message = (
+        "GradientDescent: step_bound must be a number, 0 for none, 1 without momentum, 1 / (1 - m) with "
+        f"momentum of at most m; got {strength}"
+    )
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         GradientDescent(step_bound=strength)
 

@@ -30,15 +30,18 @@ class GradientDescent(Algorithm):
     of chunk_size times lr and diverge; bounded, they add up to at most 1 / c. A step whose momentum is at most m
     moves the memory by lr / (1 - m) in the end: c = 1 / (1 - m), with lr <= 1 - m and keys of norm at most 1,
     keeps that at one full step (docs/stability.md). With c = 1 and no momentum, the chunked rule of a repeated
-    key is the unchunked one. Raises ValueError for a negative c.
+    pair of key and value is the unchunked one. Raises ValueError for a c that is negative or no number.
     """
 
     momentum: bool = False
     step_bound: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.step_bound < float("inf"):
-            raise ValueError(f"GradientDescent: step_bound must be 0 (none) or positive, got {self.step_bound}")
+        if isinstance(self.step_bound, bool) or not 0 <= self.step_bound < float("inf"):
+            raise ValueError(
+                f"GradientDescent: step_bound must be a number, 0 for none, 1 without momentum, 1 / (1 - m) with "
+                f"momentum of at most m; got {self.step_bound}"
+            )
         object.__setattr__(self, "step_bound", float(self.step_bound))
 
 

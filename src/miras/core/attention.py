@@ -73,6 +73,8 @@ def attention(
     padding behind them; `reset` (B, T) marks tokens that start a document. Returns y (B, H, T, D).
     """
     B, _, T, _ = q.shape
+    if T == 0:
+        return v, window
     position = window.next[:, None] + torch.arange(T, device=q.device)
     start = window.start[:, None].expand(B, T)
     if reset is not None:
@@ -83,6 +85,8 @@ def attention(
     if length is not None:
         there = torch.arange(T, device=q.device) < length[:, None]
         position = torch.where(there, position, -1)
+        # Weight 0 does not silence a padding value that is not a number.
+        k, v = (x.masked_fill(~there[:, None, :, None], 0) for x in (k, v))
     keys, values = torch.cat([window.k, k], 2), torch.cat([window.v, v], 2)
     places = torch.cat([window.position, position], 1)
 

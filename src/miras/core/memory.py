@@ -43,7 +43,8 @@ class MLP(Memory):
     """A deep memory, M(x) = x + LN(gelu(... gelu(x W_1) ...) W_depth) (Titans, NeurIPS version; MIRAS 5.3).
 
     `depth` counts weight matrices; the hidden width is `expansion` times the key width. The layer norm has no
-    affine part. `residual` needs equal key and value widths.
+    affine part. `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a
+    memory of depth 2 or more diverges on random input unless its steps are small.
     """
 
     depth: int = 2

@@ -26,10 +26,14 @@ class Rows:
         return torch.arange(T, device=self.length.device) < self.length[:, None]
 
     def gather(self, x: Tensor) -> Tensor:
-        """x (B, T, ...) with every row's tokens at its front."""
-        if self.order is None:
+        """x (B, T, ...) with every row's tokens at its front, and 0 behind them, whatever padding held."""
+        valid = self.valid(x.shape[1])
+        if valid is None:
             return x
-        return x.gather(1, self.order.view(*self.order.shape, *[1] * (x.dim() - 2)).expand(x.shape))
+        wide = (..., *[None] * (x.dim() - 2))
+        if self.order is not None:
+            x = x.gather(1, self.order[wide].expand(x.shape))
+        return x.masked_fill(~valid[wide], 0)
 
     def scatter(self, y: Tensor) -> Tensor:
         """The inverse of `gather`, with 0 at padding tokens."""

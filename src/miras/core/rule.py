@@ -97,12 +97,12 @@ def init_state(rule: Rule, A0: Tree) -> State:
 
     Names and shapes are those of `rule.memory.shapes(Dk, Dv)`. Raises ValueError when they are not.
     """
-    first, last = next(iter(A0.values())), list(A0.values())[-1]
-    if any(a.dim() != 4 for a in A0.values()):
+    if not A0 or any(a.dim() != 4 for a in A0.values()):
         raise ValueError(
             "init_state: every weight must be (B, H, d_in, d_out); got "
-            + ", ".join(f"{n} {tuple(a.shape)}" for n, a in A0.items())
+            + (", ".join(f"{n} {tuple(a.shape)}" for n, a in A0.items()) or "no weights")
         )
+    first, last = next(iter(A0.values())), list(A0.values())[-1]
     B, H, d_key, _ = first.shape
     expected = rule.memory.shapes(d_key, last.shape[-1])
     if {n: tuple(a.shape) for n, a in A0.items()} != {n: (B, H, *shape) for n, shape in expected.items()}:
@@ -161,6 +161,24 @@ def check(
             f"scan: the state belongs to another memory: for {B} rows, {H} heads and widths {d_key}, "
             f"{v.shape[-1]} the weights are {want}, the state holds {got}"
         )
+    parts = {
+        "S": (bool(state.S), rule.algorithm.momentum, "momentum"),
+        "retained": (bool(state.retained), rule.retention.decayed, "a gradient at the decayed memory"),
+        "recent": (bool(state.recent), rule.algorithm.step_bound > 0, "the step bound"),
+    }
+    for name, (there, needed, why) in parts.items():
+        if there != needed:
+            raise ValueError(
+                f"scan: the state belongs to another rule: it holds {'a' if there else 'no'} {name}, which rules "
+                f"with {why} have; begin with init_state(rule, A0)"
+            )
+    if int(state.phase.max()) >= rule.chunk_size or (
+        state.recent and state.recent["key"].shape[2] != rule.chunk_size
+    ):
+        raise ValueError(
+            f"scan: the state belongs to a rule with another chunk size than this one's {rule.chunk_size}; "
+            f"chunk_size is part of the model"
+        )
     known = {f"{name}{tail}" for name in rule.gates() for tail in ("", *(f".{n}" for n in want))}
     for name, gate in gates.items():
         if name not in known:
@@ -202,6 +220,8 @@ def recurrence(
     """
     check(rule, state, q, k, v, gates, Masks(valid, write, reset), initial)
     B, _, T, _ = q.shape
+    if T == 0:
+        return v.new_zeros(v.shape), state
     everywhere = torch.ones(B, T, dtype=torch.bool, device=q.device)
     valid = everywhere if valid is None else valid
     writes = valid if write is None else valid & write
@@ -280,14 +300,12 @@ def observed(rule: Rule, gates: Tree, lr: Tree, writes: Tensor | None) -> Tree:
     shown = dict(gates)
     for name in gates:
         if name.split(".")[0] == "lr":
-            own = name.removeprefix("lr.")
-            taken = lr[own] if own in lr else next(x for n, x in lr.items() if f"lr.{n}" not in gates)
-            mask = None if writes is None else writes.view(writes.shape[0], 1, *writes.shape[1:])
-            shown[name] = (
-                taken
-                if mask is None
-                else taken * mask.reshape(mask.shape + (1,) * (taken.dim() - mask.dim()))
-            )
+            weight = name.removeprefix("lr.")
+            if weight not in lr:  # the gate that weights without their own share
+                weight = next((n for n in lr if f"lr.{n}" not in gates), "")
+            if weight:
+                mask = 1 if writes is None else writes.view(writes.shape[0], 1, -1)
+                shown[name] = lr[weight] * mask
     return shown
 
 

@@ -80,7 +80,8 @@ class Gates(Precise):
         if gates["lr"].link != "softplus" and largest > 1 + 1e-6:
             raise ValueError(
                 f"Gates: step_bound times the largest lr must be at most 1, got {rule.algorithm.step_bound} * "
-                f"{gates['lr'].scale * self.lr_factor:g}; lower step_bound or the scale of the lr gate"
+                f"{gates['lr'].scale * self.lr_factor:g}; lower the scale of the lr gate, or give the step_bound "
+                f"that fits the largest momentum, 1 / (1 - m) = {1 / self.lr_factor:g}"
             )
         self.proj = nn.Linear(hidden_size, num_heads * len(self.outputs))
 

@@ -30,11 +30,11 @@ TITANS_RULE = Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_b
 """Titans' memory (NeurIPS version): two layers, expansion 4, momentum, forgetting, chunks of 16."""
 
 DEFAULT_GATES: dict[str, Gate] = {
-    "lr": Gate(scale=0.5),
+    "lr": Gate(scale=0.25),
     "momentum": Gate(scale=0.9),
     "forget": Gate(bias=-5.0),
 }
-"""Stable (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.5, little forgetting."""
+"""Stable (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.25, little forgetting."""
 
 
 class InitialMemory(Precise):
@@ -74,12 +74,18 @@ class MemoryReader(Mixer):
         initial_scale: float,
     ) -> None:
         super().__init__()
+        shapes = rule.memory.shapes(head_dim, value_dim)
+        if initial_scale == 0 and len(shapes) > 1:
+            raise ValueError(
+                f"MemoryReader: initial_scale=0 leaves a memory of {len(shapes)} weights where no gradient can move "
+                f"it; give a positive initial_scale"
+            )
         self.rule, self.num_heads = rule, num_heads
         self.q = Projection(hidden_size, num_heads * head_dim, conv_size)
         self.k = Projection(hidden_size, num_heads * head_dim, conv_size)
         self.v = Projection(hidden_size, num_heads * value_dim, conv_size)
         self.gates = Gates(hidden_size, num_heads, rule, gates)
-        self.A0 = InitialMemory(rule.memory.shapes(head_dim, value_dim), num_heads, initial_scale)
+        self.A0 = InitialMemory(shapes, num_heads, initial_scale)
         for part in (self.q, self.k, self.v, self.A0):
             part.reset_parameters()
         self.gates.reset_parameters(hidden_size**-0.5 / 4)

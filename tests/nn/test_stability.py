@@ -1,0 +1,193 @@
+"""4096 tokens through memories whose gates are at their extremes: the largest steps, nothing ever forgotten.
+
+A matrix under the step bound contracts towards what it is asked to hold, so its size is bounded. The
+normalised MLP never sees its own scale, and its gradient falls with it: without forgetting it grows for ever,
+more and more slowly, which is why it is only asked to stay finite and slow.
+"""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from miras.core.algorithm import GradientDescent
+from miras.core.memory import MLP, Matrix
+from miras.core.rule import Rule, init_state, norm
+from miras.core.scan import scan
+from miras.data.novel import load_novel
+from miras.nn.gates import Gates
+from miras.nn.lm import LM
+from miras.nn.memory import MemoryLayer, MemoryState
+from miras.presets import preset, presets
+
+T, PIECE, HIDDEN = 4096, 512, 32
+EXTREMES = {"lr": 30.0, "momentum": 30.0, "forget": -120.0}
+
+
+def push(model):
+    """Every gate to its end, whatever is read: lr and momentum to the largest, forget to 0."""
+    for part in model.modules():
+        if isinstance(part, Gates):
+            with torch.no_grad():
+                part.proj.weight.zero_()
+                for i, (name, gate) in enumerate(part.outputs):
+                    assert gate.link == "sigmoid"
+                    part.proj.bias[i * part.num_heads : (i + 1) * part.num_heads] = EXTREMES[
+                        name.split(".")[0]
+                    ]
+    return model
+
+
+def streams():
+    """Bytes (3, T): one repeated, random ones, and a novel's."""
+    g = torch.Generator().manual_seed(0)
+    novel = torch.tensor(list(load_novel().train[:T]))
+    return torch.stack([torch.full((T,), 101), torch.randint(256, (T,), generator=g), novel])
+
+
+def sizes(state):
+    """|W| of every memory in a state, (memories, rows, heads)."""
+    if isinstance(state, MemoryState):
+        return norm(state.memory.A)[None]
+    parts = [
+        part if isinstance(part, MemoryState) else getattr(part, "memory", None) for part in state.layers
+    ]
+    return torch.cat([sizes(part) for part in parts if part is not None])
+
+
+@torch.no_grad()
+def read(model, x):
+    """|W| after every piece, (pieces, memories, rows, heads); all that comes out must be finite."""
+    state, found = None, []
+    for at in range(0, T, PIECE):
+        y, state = model(x[:, at : at + PIECE], state)
+        assert y.isfinite().all(), f"within tokens {at} to {at + PIECE}"
+        found.append(sizes(state))
+    assert all(part.isfinite().all() for part in state.tensors().values())
+    return torch.stack(found)
+
+
+def hardly_grows(found, factor):
+    """Over the last half, |W| grows by less than `factor`."""
+    half = found[: len(found) // 2].amax(0)
+    growth = (found[len(found) // 2 :].amax(0) / half).max().item()
+    assert growth < factor, f"|W| grew by {growth:.3g} over the last half, to {found[-1].max():.3g}"
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets(name):
+    torch.manual_seed(0)
+    model = LM(
+        preset(name, hidden_size=HIDDEN, num_hidden_layers=2, num_heads=2, window_size=8, num_persistent=3)
+    )
+    if any(isinstance(part, Gates) for part in model.modules()):
+        hardly_grows(read(push(model), streams()), 1.5)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 16, 64])
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+@pytest.mark.parametrize("memory", [Matrix(), MLP()], ids=["matrix", "mlp"])
+def test_layers(memory, momentum, chunk_size):
+    torch.manual_seed(0)
+    algorithm = GradientDescent(momentum=momentum, step_bound=10.0 if momentum else 1.0)
+    rule = Rule(memory, algorithm=algorithm, chunk_size=chunk_size)
+    layer = push(MemoryLayer(HIDDEN, 2, rule))
+    found = read(layer, torch.randn(256, HIDDEN)[streams()])
+    hardly_grows(found, 1.5)
+    # Twice what was measured.
+    assert found.max() < (20 if isinstance(memory, Matrix) else 100)
+
+
+WIDTH, LONG = 16, 2048
+
+
+def keys(kind, g):
+    """(1, 1, LONG, WIDTH) unit keys: one, two in turn for stretches, random, or around one direction."""
+    own = torch.randn(LONG, WIDTH, generator=g, dtype=torch.float64)
+    if kind == "one":
+        own = own[:1].expand(LONG, WIDTH)
+    elif kind == "stretches":
+        own = own[:2][(torch.arange(LONG) % 32 >= 8).long()]
+    elif kind == "bundle":
+        own = own + 3 * torch.randn(WIDTH, generator=g, dtype=torch.float64)
+    return normalize(own, dim=-1)[None, None]
+
+
+def steps(kind, g):
+    """`lr` (1, 1, LONG): always the largest, random, or random among 0 and the largest."""
+    draw = torch.rand(1, 1, LONG, generator=g, dtype=torch.float64)
+    return {"full": torch.ones_like(draw), "random": draw, "switched": (draw < 0.5).double()}[kind]
+
+
+def grown(rule, k, gates, g):
+    """|W| of a matrix (pieces, 1, 1) that reads the keys and random values of norm 4."""
+    v = torch.randn(1, 1, LONG, WIDTH, generator=g, dtype=torch.float64)
+    state = init_state(rule, {"w": torch.randn(1, 1, WIDTH, WIDTH, generator=g, dtype=torch.float64) / 4})
+    found = []
+    for at in range(0, LONG, PIECE):
+        now = slice(at, at + PIECE)
+        parts = (x[:, :, now] for x in (k, k, v))
+        _, state = scan(rule, state, *parts, {n: x[:, :, now] for n, x in gates.items()})
+        found.append(norm(state.A))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 16, 64])
+@pytest.mark.parametrize("step", ["full", "random", "switched"])
+@pytest.mark.parametrize("key", ["one", "stretches", "random", "bundle"])
+@torch.no_grad()
+def test_bounded_steps_of_a_matrix(key, step, chunk_size):
+    # lr up to 1, nothing forgotten: the bound is all that holds the weights.
+    g = torch.Generator().manual_seed(0)
+    rule = Rule(algorithm=GradientDescent(step_bound=1.0), chunk_size=chunk_size)
+    gates = {"lr": steps(step, g), "forget": torch.zeros(1, 1, LONG, dtype=torch.float64)}
+    found = grown(rule, keys(key, g), gates, g)
+    hardly_grows(found, 1.5)
+    assert found.max() < 40
+
+
+TOP = 0.9
+"""The largest momentum; the largest lr is 1 - TOP."""
+
+
+def pushes(kind, chunk_size, g):
+    """`lr` and `momentum` (1, 1, LONG), and the chosen ends that could add up to more than one full step."""
+    at, draw = torch.arange(LONG), torch.rand(2, LONG, generator=g, dtype=torch.float64)
+    first = at % chunk_size == 0
+    lr, momentum = {
+        "full": (draw[0] >= 0, draw[0] >= 0),
+        "random": (draw[0], draw[1]),
+        "switched": (draw[0] < 0.5, draw[1] < 0.8),
+        "written and carried": (first, ~first),  # at momentum 0, then carried through the whole chunk
+        "carried and written": (draw[0] >= 0, ~first),
+        "late": (at % chunk_size == chunk_size - 1, draw[0] >= 0),
+        "bursts": (at % 32 < 8, draw[0] >= 0),
+    }[kind]
+    return {"lr": (1 - TOP) * lr.double()[None, None], "momentum": TOP * momentum.double()[None, None]}
+
+
+PUSHES = ("full", "random", "switched", "written and carried", "carried and written", "late", "bursts")
+
+
+@pytest.mark.parametrize("chunk_size", [4, 16, 64])
+@pytest.mark.parametrize("push", PUSHES)
+@pytest.mark.parametrize("key", ["one", "stretches", "random"])
+@torch.no_grad()
+def test_bounded_steps_of_a_matrix_with_momentum(key, push, chunk_size):
+    g = torch.Generator().manual_seed(0)
+    algorithm = GradientDescent(momentum=True, step_bound=1 / (1 - TOP))
+    gates = pushes(push, chunk_size, g) | {"forget": torch.zeros(1, 1, LONG, dtype=torch.float64)}
+    found = grown(Rule(algorithm=algorithm, chunk_size=chunk_size), keys(key, g), gates, g)
+    hardly_grows(found, 1.5)
+    assert found.max() < 40
+
+
+@pytest.mark.parametrize("chunk_size", [4, 16, 64])
+@torch.no_grad()
+def test_without_the_bound_one_key_is_too_much(chunk_size):
+    # What the bound is for: a chunk of equal keys takes chunk_size full steps at once.
+    rule = Rule(chunk_size=chunk_size)
+    g = torch.Generator().manual_seed(0)
+    k, v = keys("one", g)[:, :, :PIECE], torch.randn(1, 1, PIECE, WIDTH, generator=g, dtype=torch.float64)
+    gates = {"lr": torch.ones(1, 1, PIECE, dtype=torch.float64), "forget": torch.zeros(1, 1, PIECE).double()}
+    _, state = scan(rule, init_state(rule, {"w": torch.zeros(1, 1, WIDTH, WIDTH).double()}), k, k, v, gates)
+    assert norm(state.A).item() > 1e6
