@@ -107,7 +107,9 @@ def shipped_accuracy() -> NeedleAccuracy | None:
     series: list[AccuracySeries] = []
     for role, name in (("memory", "with memory"), ("twin", "attention only")):
         points = [
-            AccuracyPoint.from_counts(r["length"], r["correct"], r["n"]) for r in rows if r["model"] == role
+            AccuracyPoint.from_counts(r["length"], r["correct"], r["n"])
+            for r in rows
+            if r["model"] == role and r["filler"] == "noise"
         ]
         series.append(AccuracySeries(name, sorted(points, key=lambda p: p.context), role))
     return NeedleAccuracy(series, precomputed=True, command=MEASURED_BY, chance=100 / 90_000)

@@ -28,10 +28,18 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """What this process takes off new files' modes; temporary files are made private and must get them back."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = None) -> Path:
@@ -50,7 +58,7 @@ def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = N
         save_file(weights(model), made / "model.safetensors", metadata={"format": "pt"})
         for name, data in (extra or {}).items():
             (made / name).write_bytes(data)
-        made.chmod(0o755)
+        made.chmod(0o777 & ~_umask())
         old = None
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")
@@ -103,8 +111,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     values = {n: x for n, x in values.items() if n not in ("model_type", "architectures")}
     try:
         return ModelConfig.from_dict(values)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is incomplete or malformed: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a model that can be made: {error}") from error
 
 
 def weights(model: LM) -> dict[str, Tensor]:
