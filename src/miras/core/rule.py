@@ -226,6 +226,9 @@ def recurrence(
     valid = everywhere if valid is None else valid
     writes = valid if write is None else valid & write
     starts = ~everywhere if reset is None else reset & valid
+    hole = ~valid[:, None, :]
+    q, k, v = (x.masked_fill(hole[..., None], 0) for x in (q, k, v))
+    gates = {n: g.masked_fill(hole, 0) for n, g in gates.items()}
     fresh = None if initial is None else init_state(rule, initial)
     reads, seen = [], []
     for t in range(T):
@@ -252,7 +255,8 @@ def _token(
     keep = {n: 1 - at("forget", n) for n in state.A}
 
     retained = {n: where(r * keep[n][..., 0, 0], r) for n, r in state.retained.items()}
-    create = torch.is_grad_enabled()
+    inputs = (*state.anchor.values(), *retained.values(), k, v, *gates.values())
+    create = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with torch.enable_grad():
         W = {n: w * retained[n][..., None, None] if retained else w for n, w in state.anchor.items()}
         W = {n: w if w.requires_grad and create else w.detach().requires_grad_() for n, w in W.items()}

@@ -278,6 +278,7 @@ class _Recompute(torch.autograd.Function):
         return tuple(distinct)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
@@ -343,17 +344,29 @@ def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, pha
 
 
 class Coefficients(NamedTuple):
-    """What one weight's update is made of, {chunk by chunk}: see the equations at the top of the file.
+    """What one weight's update is made of, chunk by chunk, with the signs of the equations at the top of the file.
 
-    lr (..., n) the bounded step; K0, G0, H0 (..., n) and G, H (..., n, n); G0, H0, H None without momentum.
+    lr (..., n) the bounded step; K0 (..., n) and G (..., n, n), -G of the equations; with momentum G0, H0 (..., n)
+    and H (..., n, n), -H of the equations, else None; and what they are at the chunk's last token, shaped to stand
+    beside a weight: K_end, G0_end, H0_end (..., 1, 1), G_end, H_end (..., n, 1).
     """
 
     lr: Tensor
     K0: Tensor
     G: Tensor
-    G0: Tensor | None
-    H: Tensor | None
-    H0: Tensor | None
+    K_end: Tensor
+    G_end: Tensor
+    G0: Tensor | None = None
+    H: Tensor | None = None
+    H0: Tensor | None = None
+    G0_end: Tensor | None = None
+    H_end: Tensor | None = None
+    H0_end: Tensor | None = None
+
+
+def _at_end(first: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., n) and (..., n, n) at the last token, as (..., 1, 1) and (..., n, 1)."""
+    return first[..., -1:, None], table[..., -1, :, None]
 
 
 def _by_chunk(c: Coefficients) -> list[Coefficients]:
@@ -401,14 +414,17 @@ def _coefficients(rule: Rule, state: State, chunks: Chunks) -> dict[str, Coeffic
             K0, steps = K[..., 0], K[..., 1:]
             if write is not None:
                 steps = steps * write[..., None, :]
-            G, G0, H, H0 = steps * lr[..., None, :], None, None, None
+            step = -lr[..., None, :]
             if rule.algorithm.momentum:
                 momentum = gate_of(chunks.gates, "momentum", name)
                 H = products(momentum if write is None else torch.where(write, momentum, 1))
                 G = steps @ H
-                G0, G = G[..., 0], G[..., 1:] * lr[..., None, :]
-                H0, H = H[..., 0], H[..., 1:] * lr[..., None, :]
-            shared[key] = Coefficients(lr, K0, G, G0, H, H0)
+                G0, G, H0, H = G[..., 0], G[..., 1:] * step, H[..., 0], H[..., 1:] * step
+                ends = (*_at_end(K0, G), G0, H, H0, G0[..., -1:, None], *reversed(_at_end(H0, H)))
+            else:
+                G = steps * step
+                ends = _at_end(K0, G)
+            shared[key] = Coefficients(lr, K0, G, *ends)
         table[name] = shared[key]
     return table
 
@@ -420,8 +436,10 @@ def _factors(
 
     x_t is what a linear map took in, d_t the derivative of the loss by what it gave out: one backward pass.
     """
-    create = torch.is_grad_enabled()
     anchor = state.anchor
+    # Where nothing asks for an outer gradient none is built, also outside of no_grad.
+    inputs = (*anchor.values(), *state.A.values(), k, v, *gates.values(), *(c.lr for c in coefs.values()))
+    create = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if not create:
         anchor, v = {n: w.detach() for n, w in anchor.items()}, v.detach()
         gates = {n: g.detach() for n, g in gates.items()}
@@ -460,7 +478,7 @@ def _chunk(
 
     def read(name: str, x: Tensor) -> Tensor:
         c = coefs[name]
-        y = c.K0[..., None] * (x @ state.A[name]) - ((x @ xs[name].mT) * c.G) @ ds[name]
+        y = c.K0[..., None] * (x @ state.A[name]) + ((x @ xs[name].mT) * c.G) @ ds[name]
         return y if c.G0 is None else y + c.G0[..., None] * (x @ state.S[name])
 
     y = rule.memory.apply(q, read)
@@ -468,15 +486,20 @@ def _chunk(
     S: Tree = {}
     retained: Tree = {}
     for n, c in coefs.items():
-        last = lambda x: x[..., -1, None, None]  # noqa: E731
-        A[n] = last(c.K0) * state.A[n] - (xs[n] * c.G[..., -1, :, None]).mT @ ds[n]
-        if c.G0 is not None and c.H is not None and c.H0 is not None:
-            A[n] = A[n] + last(c.G0) * state.S[n]
-            S[n] = last(c.H0) * state.S[n] - (xs[n] * c.H[..., -1, :, None]).mT @ ds[n]
+        x, d = xs[n], ds[n]
+        A[n] = c.K_end * state.A[n] + _rank(x, d, c.G_end)
+        if c.G0_end is not None and c.H_end is not None and c.H0_end is not None:
+            A[n] = A[n] + c.G0_end * state.S[n]
+            S[n] = c.H0_end * state.S[n] + _rank(x, d, c.H_end)
         if rule.retention.decayed:
             retained[n] = state.retained[n] * c.K0[..., -1]
     seen = _watch(state, xs, ds, coefs) | {"loss": loss} if watched else None
     return y, State(A, S, state.anchor, state.phase, retained, state.recent), seen
+
+
+def _rank(x: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+    """sum_i weight_i x_i d_i^T, weighted on the narrower side."""
+    return (x * weight).mT @ d if x.shape[-1] < d.shape[-1] else x.mT @ (d * weight)
 
 
 def _watch(state: State, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
@@ -487,10 +510,10 @@ def _watch(state: State, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> 
     for n, c in coefs.items():
         grown = lambda first, old: first[..., None, None] * old[..., None, :, :]  # noqa: E731
         summed = lambda table, n=n: torch.einsum("bhti,bhide->bhtde", table, rank_one[n])  # noqa: E731
-        weights[n] = grown(c.K0, state.A[n]) - summed(c.G)
+        weights[n] = grown(c.K0, state.A[n]) + summed(c.G)
         if c.G0 is not None and c.H is not None and c.H0 is not None:
             weights[n] = weights[n] + grown(c.G0, state.S[n])
-            moved[n] = grown(c.H0, state.S[n]) - summed(c.H)
+            moved[n] = grown(c.H0, state.S[n]) + summed(c.H)
         else:
             moved[n] = rank_one[n] * c.lr[..., None, None]
     momentary = torch.stack([x.norm(dim=-1) * ds[n].norm(dim=-1) for n, x in xs.items()]).norm(dim=0)
