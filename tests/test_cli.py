@@ -127,6 +127,39 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("stream model text.txt --piece 0", "piece must be at least 1"),
         ("stream model text.txt --config none.yaml", "no such config file: none.yaml"),
         ("stream model text.txt --config", "--config needs a YAML file"),
+        ("eval model --text junk.bin", "'junk.bin' is not text: it has NUL bytes"),
+        ("eval model --text text.txt --bins -1", "bins must be at least 1"),
+        ("train --out r --text nowhere.txt", "No such file or folder: 'nowhere.txt'"),
+        ("train --out r --text empty.txt", "'empty.txt' is empty"),
+        ("train --out r --text junk.bin", "'junk.bin' is not text: it has NUL bytes"),
+        ("train --out r --tokenizer nowhere.json", "No such tokenizer file: 'nowhere.json'"),
+        ("train --out r --tokenizer text.txt", "'text.txt' is not a tokenizer file"),
+        ("train --out r --model empty", "empty is not a model"),
+        ("train --out r --preset titan-mag", "unknown preset 'titan-mag', perhaps you meant 'titans-mag'"),
+        ("train --out r --pattern memry", "pattern must name one or more of"),
+        ("train --out r --resume", "r holds no checkpoint"),
+        ("train --out r --hidden-size -8", "hidden_size must be at least 1, got -8"),
+        ("train --out r --num-heads 0", "num_heads must be at least 1, got 0"),
+        ("train --out r --chunk-size -1", "chunk_size"),
+        ("train --out r --window-size -1", "window_size must be at least 1, got -1"),
+        ("train --out r --num-persistent -1", "num_persistent must be at least 0, got -1"),
+        ("train --out r --steps 0", "--steps must be at least 1, got 0"),
+        ("train --out r --batch-size -4", "--batch-size must be at least 1, got -4"),
+        ("train --out r --seq-len -16", "--seq-len must be at least 1, got -16"),
+        ("train --out r --accumulate 0", "--accumulate must be at least 1, got 0"),
+        ("train --out r --checkpoint-every 0", "--checkpoint-every must be at least 1, got 0"),
+        ("train --out r --lr nan", "--lr must be positive, got nan"),
+        ("train --out r --warmup -1", "--warmup must be at least 0, got -1"),
+        ("train --out r --min-lr -0.1", "--min-lr must be at least 0, got -0.1"),
+        ("train --out r --weight-decay -1", "--weight-decay must be at least 0, got -1"),
+        ("train --out r --write-price -1", "--write-price must be at least 0, got -1"),
+        ("train --out r --beta1 1", "--beta1 must be at least 0 and below 1, got 1"),
+        ("train --out r --seed -1", "--seed must be at least 0, got -1"),
+        ("train --out r --threads -1", "--threads must be 0 (torch's choice) or more, got -1"),
+        ("demo --out r --threads -1", "--threads must be 0 (torch's choice) or more, got -1"),
+        ("demo --out r --seed -1", "--seed must be at least 0, got -1"),
+        ("demo --out r --needle-bytes 10", "--needle-bytes must be at least 4096, got 10"),
+        ("demo --out r --reading-seconds 0", "--reading-seconds must be positive, got 0"),
     ],
 )
 def test_what_goes_wrong_is_one_clear_line(
@@ -136,6 +169,7 @@ def test_what_goes_wrong_is_one_clear_line(
 
     (place / "empty").mkdir()
     (place / "empty.txt").touch()
+    (place / "junk.bin").write_bytes(bytes(range(256)) * 8)
     (place / "bad.xz").write_bytes(b"no xz at all")
     (place / "cut.gz").write_bytes(gzip.compress(TEXT)[:-20])
     if "broken" in line or "odd" in line or "small" in line:
@@ -146,11 +180,59 @@ def test_what_goes_wrong_is_one_clear_line(
     if "odd" in line:
         (place / "odd" / "config.json").write_text("{")
     assert reason in refused(line, capsys)
+    # Nothing was begun: at most a folder for tokens that there are none of.
+    assert not [path for path in (place / "r").rglob("*") if path.is_file()]
+
+
+RUN = (
+    "train --out run --text text.txt --hidden-size 16 --num-hidden-layers 1 --num-heads 2 --window-size 8 "
+    "--num-persistent 2 --chunk-size 4 --batch-size 1 --seq-len 16 --steps 2 --checkpoint-every 1"
+)
+
+
+@pytest.mark.parametrize(
+    "file", ["training.json", "training.safetensors", "model.safetensors", "config.json"]
+)
+def test_a_truncated_checkpoint_is_one_clear_line(place: Path, file: str, capsys: pytest.CaptureFixture[str]):
+    assert run(RUN) == 0
+    path = place / "run" / "step-2" / file
+    path.write_bytes(path.read_bytes()[:-20])
+    before = {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()}
+    err = refused(f"{RUN} --resume", capsys)
+    assert file in err and "step-1 is older: move step-2 away to go on from it" in err
+    assert {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()} == before
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_as_another(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(RUN) == 0
+    before = {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()}
+    assert "run holds a run already (step-2); add --resume" in refused(RUN, capsys)
+    assert "hidden_size 16, now 32" in refused(f"{RUN} --hidden-size 32 --resume", capsys)
+    assert "not with model; the checkpoint holds its model" in refused(
+        f"{RUN} --resume --model model", capsys
+    )
+    assert {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()} == before
+
+
+def test_a_state_of_another_model_is_refused_and_kept(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert run("stream model text.txt --save-state s") == 0
+    before = (place / "s").read_bytes()
+    for line in ("stream twin text.txt", "generate twin --prompt a"):
+        err = refused(f"{line} --load-state s --save-state s", capsys)
+        assert "s belongs to another model" in err
+        assert model_hash(build()) in err and model_hash(build("transformer")) in err
+    assert (place / "s").read_bytes() == before
+    (place / "s").write_bytes(before[:-50])
+    assert "s is corrupt or cut off" in refused("stream model text.txt --load-state s", capsys)
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ("train --out r --hiden-size 16", "Unrecognized options: --hiden-size"),
+        ("train --out r --steps many", "--steps"),
+        ("train", "--out"),
+        ("demo --foo", "Unrecognized options: --foo"),
         ("eval model --foo 3", "Unrecognized options: --foo"),
         ("eval model --segment x", "--segment"),
         ("eval model --conditions learning thawed", "thawed"),

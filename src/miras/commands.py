@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,6 +28,7 @@ from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, model_hash, read_config, write_atomically
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
+from miras.nn.threads import set_threads
 from miras.options import EvalOptions, GenerateOptions, InfoOptions, StreamOptions
 from miras.presets import override, preset, presets
 from miras.stream.files import load_state, save_state
@@ -81,7 +81,7 @@ def info(options: InfoOptions) -> int:
 
 def evaluate(options: EvalOptions) -> int:
     """Print bits per byte of a stream under each condition."""
-    _set_threads(options.threads)
+    set_threads(options.threads)
     model, tokenizer = open_model(options.model)
     twin = None if options.twin is None else open_model(options.twin)
     if twin is not None and twin[1].fingerprint != tokenizer.fingerprint:
@@ -138,7 +138,7 @@ def evaluate(options: EvalOptions) -> int:
 
 def generate(options: GenerateOptions) -> int:
     """Print a continuation as it is made."""
-    _set_threads(options.threads)
+    set_threads(options.threads)
     model, tokenizer = open_model(options.model)
     state = _loaded(options.load_state, model)
     prompt = tokenizer.encode(options.prompt)
@@ -167,7 +167,7 @@ def generate(options: GenerateOptions) -> int:
 
 def stream(options: StreamOptions) -> int:
     """Read a text of any length and print its bits per byte."""
-    _set_threads(options.threads)
+    set_threads(options.threads)
     model, tokenizer = open_model(options.model)
     state = _loaded(options.load_state, model)
     before = 0 if state is None else int(state.tokens[0])
@@ -213,13 +213,6 @@ def open_model(folder: Path) -> tuple[LM, Tokenizer]:
             f"{folder}: its {what} has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         )
     return model, tokenizer
-
-
-def _set_threads(threads: int) -> None:
-    if threads < 0:
-        raise ValueError(f"--threads must be 0 (torch's choice) or more, got {threads}")
-    if threads:
-        torch.set_num_threads(threads)
 
 
 def _config(name: str) -> ModelConfig:

@@ -1,5 +1,7 @@
 """Edges: no tokens, gates given twice, states of another rule, padding that is not a number."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -9,6 +11,7 @@ from miras.core.attention import attention, init_window
 from miras.core.conv import conv
 from miras.core.memory import MLP, Matrix
 from miras.core.observe import observe
+from miras.core.retention import Decay
 from miras.core.rule import Rule, init_state, norm, recurrence
 from miras.core.scan import scan
 
@@ -72,6 +75,22 @@ def test_a_gate_given_both_shared_and_for_every_weight(function):
     shared = {n: g for n, g in gates(RULE, 3).items() if n != "lr"}
     expected, _ = function(RULE, init_state(RULE, A0), q, k, v, shared | own)
     assert torch.equal(y, expected) and seen["memory"]["lr.w1"][0, 0, 0] == pytest.approx(0.1)
+
+
+@dataclass(frozen=True)
+class Squashed(Decay):
+    """A retention whose weights are not its accumulator."""
+
+    def link(self, A):
+        return A.tanh()
+
+
+def test_a_rule_with_a_link_runs_its_definition():
+    rule = Rule(MLP(), retention=Squashed(), chunk_size=4)
+    q, k, v = draw(9), draw(9), draw(9)
+    y, state = scan(rule, init_state(rule, A0), q, k, v, gates(rule, 9))
+    expected, end = recurrence(rule, init_state(rule, A0), q, k, v, gates(rule, 9))
+    assert torch.equal(y, expected) and torch.equal(state.A["w1"], end.A["w1"])
 
 
 def test_an_empty_memory_is_refused():

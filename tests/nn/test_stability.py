@@ -1,10 +1,12 @@
-"""4096 tokens through memories whose gates are at their extremes: the largest steps, nothing ever forgotten.
+"""Thousands of tokens through memories at their default gates, untrained and trained, and at their extremes.
 
+At the extremes every write is the largest step and nothing is ever forgotten.
 A matrix under the step bound contracts towards what it is asked to hold, so its size is bounded. The
 normalised MLP never sees its own scale, and its gradient falls with it: without forgetting it grows for ever,
 more and more slowly, which is why it is only asked to stay finite and slow.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -18,6 +20,8 @@ from miras.nn.gates import Gates
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryLayer, MemoryState
 from miras.presets import preset, presets
+from miras.train.loop import Run, Settings
+from miras.train.tasks import TextTask
 
 T, PIECE, HIDDEN = 4096, 512, 32
 EXTREMES = {"lr": 30.0, "momentum": 30.0, "forget": -120.0}
@@ -37,11 +41,18 @@ def push(model):
     return model
 
 
-def streams():
-    """Bytes (3, T): one repeated, random ones, and a novel's."""
+def tiny(name, **overrides):
+    """A preset's model, as small as it can be and still be whole."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_heads": 2}
+    return LM(preset(name, **sizes, window_size=8, num_persistent=3, **overrides))
+
+
+def streams(length=T):
+    """Bytes (3, length): one repeated, random ones, and a novel's."""
     g = torch.Generator().manual_seed(0)
-    novel = torch.tensor(list(load_novel().train[:T]))
-    return torch.stack([torch.full((T,), 101), torch.randint(256, (T,), generator=g), novel])
+    novel = torch.tensor(list(load_novel().train[:length]))
+    return torch.stack([torch.full((length,), 101), torch.randint(256, (length,), generator=g), novel])
 
 
 def sizes(state):
@@ -51,18 +62,20 @@ def sizes(state):
     parts = [
         part if isinstance(part, MemoryState) else getattr(part, "memory", None) for part in state.layers
     ]
-    return torch.cat([sizes(part) for part in parts if part is not None])
+    found = [sizes(part) for part in parts if part is not None]
+    return torch.cat(found) if found else torch.zeros(0)
 
 
 @torch.no_grad()
 def read(model, x):
-    """|W| after every piece, (pieces, memories, rows, heads); all that comes out must be finite."""
+    """|W| after every piece, (pieces, memories, rows, heads); outputs and states must be finite."""
     state, found = None, []
-    for at in range(0, T, PIECE):
+    for at in range(0, x.shape[1], PIECE):
         y, state = model(x[:, at : at + PIECE], state)
-        assert y.isfinite().all(), f"within tokens {at} to {at + PIECE}"
+        parts = {"output": y, **state.tensors()}
+        bad = [name for name, part in parts.items() if not part.isfinite().all()]
+        assert not bad, f"not finite within tokens {at} to {at + PIECE}: {bad}"
         found.append(sizes(state))
-    assert all(part.isfinite().all() for part in state.tensors().values())
     return torch.stack(found)
 
 
@@ -73,12 +86,32 @@ def hardly_grows(found, factor):
     assert growth < factor, f"|W| grew by {growth:.3g} over the last half, to {found[-1].max():.3g}"
 
 
+def train(model, steps=200):
+    """The model after steps on two lanes of the novel, at least a chunk at a time, states carried."""
+    chunk_size = model.config.rule.chunk_size
+    tokens = np.frombuffer(load_novel().train, np.uint8)
+    task = TextTask(tokens, batch_size=2, seq_len=max(32, chunk_size), align=chunk_size, seed=0)
+    losses = [metrics["loss"] for metrics in Run(model, task, Settings(steps=steps)).until(steps)]
+    assert losses[-1] < losses[0] - 1  # it has learned something, so its gates have moved
+    return model
+
+
+def stays_finite(name, chunk_size, length):
+    """A preset with its own gates reads `length` tokens of each stream, untrained and trained."""
+    model, x = tiny(name, chunk_size=chunk_size), streams(length)
+    read(model, x)
+    read(train(model), x)
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64])
 @pytest.mark.parametrize("name", presets())
-def test_presets(name):
-    torch.manual_seed(0)
-    model = LM(
-        preset(name, hidden_size=HIDDEN, num_hidden_layers=2, num_heads=2, window_size=8, num_persistent=3)
-    )
+def test_default_gates(name, chunk_size):
+    stays_finite(name, chunk_size, 2000)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_presets_at_the_extremes(name):
+    model = tiny(name)
     if any(isinstance(part, Gates) for part in model.modules()):
         hardly_grows(read(push(model), streams()), 1.5)
 

@@ -21,7 +21,19 @@ from torch import Tensor
 
 from miras.core.algorithm import bound_factors
 from miras.core.observe import observe, observing
-from miras.core.rule import Masks, Rule, State, check, close_chunk, gate_of, init_state, norm, observed
+from miras.core.retention import Retention
+from miras.core.rule import (
+    Masks,
+    Rule,
+    State,
+    check,
+    close_chunk,
+    gate_of,
+    init_state,
+    norm,
+    observed,
+    recurrence,
+)
 from miras.core.state import Tree, choose, ordinary
 
 ACTIVATION_BYTES = 1 << 26
@@ -44,8 +56,12 @@ def scan(
 ) -> tuple[Tensor, State]:
     """Any number of tokens through a memory; arguments, meaning and numbers are those of `recurrence`.
 
-    The result does not depend on where a stream is cut. Activation memory grows with the square root of T.
+    The result does not depend on where a stream is cut. Activation memory grows with the square root of T. A rule
+    whose `link` is not the identity has no such form here: it runs the recurrence.
     """
+    if type(rule.retention).link is not Retention.link:
+        again = {"valid": valid, "write": write, "reset": reset, "initial": initial}
+        return recurrence(rule, state, q, k, v, gates, **again)
     masks = Masks(valid, write, reset)
     check(rule, state, q, k, v, gates, masks, initial)
     T = q.shape[2]
@@ -210,9 +226,8 @@ def _groups(
     if torch.is_grad_enabled() and N > 1 and N * state.nbytes() > ACTIVATION_BYTES:
         size = math.isqrt(N - 1) + 1
     reads: list[Tensor] = []
-    for first in range(0, N, size):
-        part = chunks if size == N else _part(chunks, slice(first, first + size))
-        run = _run if size == N else _run_recomputed
+    run = _run if size == N else _run_recomputed
+    for part in [chunks] if size == N else _parts(chunks, size):
         y, state = run(rule, state, fresh, part, trace)
         reads.append(y)
     if observation is not None and trace is not None:
@@ -224,15 +239,24 @@ def _groups(
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
 
 
-def _part(chunks: Chunks, cut: slice) -> Chunks:
-    return Chunks(
-        *(x[:, :, cut] for x in chunks[:3]),
-        gates={n: g[:, :, cut] for n, g in chunks.gates.items()},
-        write=None if chunks.write is None else chunks.write[:, cut],
-        slots=chunks.slots,
-        starts=chunks.starts[cut],
-        ends=chunks.ends[cut],
-    )
+def _parts(chunks: Chunks, size: int) -> list[Chunks]:
+    """Groups of `size` chunks. Split, not sliced: the gradient of a slice is as large as what it was cut from."""
+    q, k, v = (x.split(size, 2) for x in chunks[:3])
+    gates = {n: g.split(size, 2) for n, g in chunks.gates.items()}
+    write = None if chunks.write is None else chunks.write.split(size, 1)
+    return [
+        Chunks(
+            q=q[i],
+            k=k[i],
+            v=v[i],
+            gates={n: g[i] for n, g in gates.items()},
+            write=None if write is None else write[i],
+            slots=chunks.slots,
+            starts=chunks.starts[i * size : (i + 1) * size],
+            ends=chunks.ends[i * size : (i + 1) * size],
+        )
+        for i in range(len(q))
+    ]
 
 
 def _run_recomputed(
@@ -279,7 +303,9 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
         with torch.enable_grad(), observe(active=False):
@@ -393,23 +419,26 @@ def products(a: Tensor) -> Tensor:
 def _coefficients(rule: Rule, state: State, chunks: Chunks) -> dict[str, Coefficients]:
     """The coefficients of every weight, all chunks at once, from gates and keys."""
     write = None if chunks.write is None else chunks.write[:, None]
-    overlap = None
+    overlap, open_chunk = None, False
     if rule.algorithm.step_bound:
+        open_chunk = bool(state.phase.any())
         overlap = (chunks.k @ chunks.k.mT).abs().tril(-1)
     shared: dict[tuple[int, ...], Coefficients] = {}
     table: dict[str, Coefficients] = {}
     for name in state.A:
         mine = [gate_of(chunks.gates, g, name) for g in (*rule.algorithm.all_gates(), *rule.retention.gates)]
         key = tuple(id(g) for g in mine)
-        if key not in shared or rule.algorithm.step_bound:
+        # Weights that share their gates share these too, but for what each may have met in an open chunk.
+        if key not in shared or open_chunk:
             lr, keep = gate_of(chunks.gates, "lr", name), 1 - gate_of(chunks.gates, "forget", name)
             if write is not None:
                 lr, keep = torch.where(write, lr, 0), torch.where(write, keep, 1)
             if overlap is not None:
-                met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
-                first = bound_factors(met, state.recent[name], rule.algorithm.step_bound)
                 lr = lr * bound_factors(overlap, lr, rule.algorithm.step_bound)
-                lr = torch.cat([lr[:, :, :1] * first[:, :, None], lr[:, :, 1:]], 2)
+                if open_chunk:
+                    met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
+                    first = bound_factors(met, state.recent[name], rule.algorithm.step_bound)
+                    lr = torch.cat([lr[:, :, :1] * first[:, :, None], lr[:, :, 1:]], 2)
             K = products(keep)
             K0, steps = K[..., 0], K[..., 1:]
             if write is not None:
@@ -452,6 +481,7 @@ def _factors(
         y = x @ anchor[name]
         if rule.retention.decayed:
             y = y * (state.retained[name][..., None] * coefs[name].K0)[..., None]
+        assert name not in xs, f"a memory uses its weight {name!r} twice: give each linear map its own"
         xs[name], outs[name] = x, y
         return y
 

@@ -1,38 +1,84 @@
 """Models on disk: Hugging Face folders with `config.json` and `model.safetensors`, written atomically."""
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from miras.nn.config import ModelConfig
 from miras.nn.lm import LM
 
 MODEL_TYPE = "miras"
+DRAFT = ".draft"
+"""How the names of what is still being written end."""
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Generator[None, None, None]:
+    """An OSError inside the block names this path, also where the system names none (a full disk)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
+
+
+def write_whole(handle: int, data: bytes) -> None:
+    """Write all of it to an open file, however little the system takes at once."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(handle, rest) :]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even when the machine stops in between."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file so that it is there whole or not at all, even when the machine stops in between.
+
+    An OSError names `path`, and leaves an earlier file as it was.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(DRAFT, f".{path.name}.", path.parent)
+        os.close(handle)
+        try:
+            _write(Path(temporary), data)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_names(path.parent)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file of the mode that the umask gives, and wait until it is on the disk."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        write_whole(handle, data)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    path.chmod(0o666 & ~_umask())
+
+
+def _sync_names(folder: Path) -> None:
+    """Put a folder's names on the disk, on systems that can. Files are whole with it and without."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:
@@ -45,32 +91,75 @@ def _umask() -> int:
 def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = None) -> Path:
     """Write a model as a folder, whole or not at all; `extra` files go beside it. An older folder is replaced.
 
-    Raises ValueError when the target exists and does not hold a model.
+    Raises ValueError when the target exists and does not hold a model, and OSError naming it when it cannot
+    be written; what was there is then there still.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} exists and holds no model; choose another folder or empty it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        config = {"model_type": MODEL_TYPE, "architectures": ["MirasForCausalLM"], **model.config.to_dict()}
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(weights(model), made / "model.safetensors", metadata={"format": "pt"})
-        for name, data in (extra or {}).items():
-            (made / name).write_bytes(data)
-        made.chmod(0o777 & ~_umask())
-        old = None
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        made.rename(folder)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
+    return write_folder(Path(folder), model_files(model) | (extra or {}))
+
+
+def model_files(model: LM) -> dict[str, bytes]:
+    """The files of a model's folder, by name."""
+    config = {"model_type": MODEL_TYPE, "architectures": ["MirasForCausalLM"], **model.config.to_dict()}
+    return {
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "model.safetensors": save(weights(model), metadata={"format": "pt"}),
+    }
+
+
+def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write a folder of files, whole or not at all, in place of an older model's; as `save_model` raises."""
+    with naming(folder):
+        if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+            raise ValueError(f"{folder} exists and holds no model; choose another folder or empty it")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent, folder.name)
+        made = Path(tempfile.mkdtemp(DRAFT, f".{folder.name}.", folder.parent))
+        try:
+            for name, data in files.items():
+                _write(made / name, data)
+            made.chmod(0o777 & ~_umask())
+            _sync_names(made)
+            _put(made, folder)
+        except BaseException:
+            shutil.rmtree(made, ignore_errors=True)
+            raise
+        _sync_names(folder.parent)
     return folder
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Give a draft its name. What has the name steps aside, and comes back if that fails."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # a kill came between the two renames below
+    shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        made.rename(folder)
+        return
+    try:
+        folder.rename(old)
+        made.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Remove the drafts that killed saves left in a folder: all of them, or those of one name."""
+    for draft in parent.glob(f".{'*' if name is None else glob.escape(name)}.*{DRAFT}"):
+        if draft.is_dir():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
+
+
+def drop(folder: Path) -> None:
+    """Remove a folder so that nobody finds a part of it."""
+    draft = folder.with_name(f".{folder.name}.old{DRAFT}")
+    folder.rename(draft)
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def load_model(folder: str | Path) -> LM:
@@ -100,11 +189,13 @@ def load_model(folder: str | Path) -> LM:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """The config of a model folder. Raises ValueError when `config.json` is not one of ours."""
+    """The config of a model folder. Raises FileNotFoundError or ValueError when `config.json` is none of ours."""
     path = Path(folder) / "config.json"
     try:
-        values: Any = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} is not a model: config.json is missing in it") from error
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{path} does not describe a miras model (its model_type is not {MODEL_TYPE!r})")

@@ -83,6 +83,11 @@ class Gates(Precise):
                 f"{gates['lr'].scale * self.lr_factor:g}; lower the scale of the lr gate, or give the step_bound "
                 f"that fits the largest momentum, 1 / (1 - m) = {1 / self.lr_factor:g}"
             )
+        if rule.algorithm.momentum and 0 < rule.algorithm.step_bound < 1 / self.lr_factor - 1e-6:
+            raise ValueError(
+                f"Gates: a step_bound of {rule.algorithm.step_bound} does not count momentum of up to "
+                f"{gates['momentum'].scale}; give 1 / (1 - m) = {1 / self.lr_factor:g} or more, or 0 for none"
+            )
         self.proj = nn.Linear(hidden_size, num_heads * len(self.outputs))
 
     def reset_parameters(self, std: float) -> None:

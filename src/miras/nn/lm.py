@@ -12,7 +12,7 @@ from miras.core.rows import Rows, pack
 from miras.core.state import Record
 from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
-from miras.nn.memory import MemoryLayer
+from miras.nn.memory import DEFAULT_GATES, MemoryLayer
 from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
 from miras.nn.titans import MemoryAsGate
@@ -192,9 +192,10 @@ def flops_per_token(config: ModelConfig) -> int:
     """
     D, H, width = config.hidden_size, config.num_heads, config.width()
     C, momentum = config.rule.chunk_size, config.rule.algorithm.momentum
-    gates = len(config.rule.gates())
     total = 2 * D * config.vocab_size
     weights = list(config.rule.memory.shapes(width, width).values())
+    made = DEFAULT_GATES | dict(config.gates)
+    gates = sum(len(weights) if made[name].per_weight else 1 for name in config.rule.gates())
     memory = 4 * 2 * D * H * width + 2 * D * H * gates
     for i, (d_in, d_out) in enumerate(weights):
         passes = 1 + (i > 0) + (1 + momentum) * 2

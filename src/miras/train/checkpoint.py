@@ -7,7 +7,6 @@ states, random state) and `training.json` (step, task, options, a hash of each f
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from miras.nn.folder import load_model, save_model
+from miras.nn.config import ModelConfig
+from miras.nn.folder import drop, load_model, model_files, read_config, sweep, write_folder
 from miras.nn.lm import LM, LMState
 
 FORMAT_VERSION = 1
@@ -38,7 +38,10 @@ def save_checkpoint(
     extra: dict[str, bytes],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `meta["step"]`, whole or not at all, and drop all but the newest `keep`."""
+    """Write the checkpoint of `meta["step"]`, whole or not at all, and drop all but the newest `keep`.
+
+    One that is there already, whole and the same, stays as it is. What killed saves left is removed.
+    """
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     names = {id(p): name for name, p in model.named_parameters()}
     for p, values in optimizer.state.items():
@@ -46,38 +49,101 @@ def save_checkpoint(
     for lane, state in enumerate(states):
         if state is not None:
             tensors |= {f"lanes.{lane}.{name}": x.detach() for name, x in state.tensors().items()}
-    data = save_tensors({n: x.contiguous().clone() for n, x in tensors.items()})
+    files = model_files(model) | extra
+    files["training.safetensors"] = save_tensors({n: x.contiguous().clone() for n, x in tensors.items()})
     meta = {
         "format_version": FORMAT_VERSION,
         **meta,
         "lanes": [state is not None for state in states],
         "rows": [0 if state is None else state.tokens.shape[0] for state in states],
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
-    files = extra | {"training.safetensors": data, "training.json": json.dumps(meta, indent=2).encode()}
-    path = save_model(model, folder / f"step-{meta['step']}", files)
+    path = folder / f"step-{meta['step']}"
+    sweep(folder)
+    if not _holds(path, meta["sha256"]):
+        write_folder(path, files | {"training.json": json.dumps(meta, indent=2).encode()})
     for old in checkpoints(folder)[: -max(1, keep)]:
-        shutil.rmtree(old)
+        drop(old)
     return path
 
 
-def load_checkpoint(path: Path) -> tuple[LM, dict[str, Tensor], dict[str, Any]]:
-    """The model, the training tensors and the meta data of a checkpoint. ValueError names a corrupt file."""
-    model = load_model(path)
+def _holds(path: Path, hashes: dict[str, str]) -> bool:
+    """Whether a whole checkpoint of just these files is there."""
     try:
-        meta = json.loads((path / "training.json").read_text())
-        data = (path / "training.safetensors").read_bytes()
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {error}") from error
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: checkpoint format {meta.get('format_version')!r}, this version of miras reads {FORMAT_VERSION}"
-        )
-    if hashlib.sha256(data).hexdigest() != meta["sha256"]:
-        raise ValueError(
-            f"{path / 'training.safetensors'} is corrupt: its hash is not the one that was saved"
-        )
-    return model, load_tensors(data), meta
+        return read_meta(path)["sha256"] == hashes and bool(_read(path, hashes))
+    except ValueError:
+        return False
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself. ValueError names the file that is not whole, and an older checkpoint."""
+    file = path / "training.json"
+    try:
+        meta: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _refused(path, f"{file} is missing or cut off ({error})") from error
+    if not isinstance(meta, dict):
+        raise _refused(path, f"{file} is not what a checkpoint says of itself")
+    if "format_version" in meta and meta["format_version"] != FORMAT_VERSION:
+        version = meta["format_version"]
+        raise _refused(path, f"{file}: checkpoint format {version!r}, this miras reads {FORMAT_VERSION}")
+    odd = [name for name, kind in _META.items() if not isinstance(meta.get(name), kind)]
+    if odd:
+        raise _refused(path, f"{file} lacks {', '.join(odd)}")
+    return meta
+
+
+_META = {
+    "format_version": int,
+    "step": int,
+    "tokens": int,
+    "task": dict,
+    "options": dict,
+    "lanes": list,
+    "rows": list,
+    "sha256": dict,
+}
+
+
+def read_checkpoint_config(path: Path) -> ModelConfig:
+    """The config of a checkpoint's model. ValueError as `read_meta` raises it."""
+    try:
+        return read_config(path)
+    except (OSError, ValueError) as error:
+        raise _refused(path, str(error)) from error
+
+
+def _read(path: Path, hashes: dict[str, str]) -> dict[str, bytes]:
+    """The files of a checkpoint, each with the hash that was saved."""
+    files: dict[str, bytes] = {}
+    for name, wanted in hashes.items():
+        try:
+            files[name] = (path / name).read_bytes()
+        except OSError as error:
+            raise _refused(path, f"{path / name} cannot be read ({error.strerror})") from error
+        if hashlib.sha256(files[name]).hexdigest() != wanted:
+            raise _refused(path, f"{path / name} is corrupt: its hash is not the one that was saved")
+    return files
+
+
+def _refused(path: Path, why: str) -> ValueError:
+    there = checkpoints(path.parent)
+    older = there[: there.index(path)] if path in there else []
+    way = f"; {older[-1]} is older: move {path.name} away to go on from it" if older else ""
+    return ValueError(f"{why}{way}")
+
+
+def load_checkpoint(path: Path) -> tuple[LM, dict[str, Tensor], dict[str, Any]]:
+    """The model, the training tensors and the meta data of a checkpoint. ValueError as `read_meta` raises it."""
+    meta = read_meta(path)
+    if missing := {"config.json", "model.safetensors", "training.safetensors"} - meta["sha256"].keys():
+        raise _refused(path, f"{path / 'training.json'} lacks the hash of {', '.join(sorted(missing))}")
+    files = _read(path, meta["sha256"])
+    try:
+        model = load_model(path)
+    except (OSError, ValueError) as error:
+        raise _refused(path, str(error)) from error
+    return model, load_tensors(files["training.safetensors"]), meta
 
 
 def restore(

@@ -17,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from miras.data.novel import load_novel
 from miras.data.tokens import FileTokenizer, Tokenizer, load_tokenizer, prepare
 from miras.nn.config import ModelConfig
-from miras.nn.folder import load_model, read_config, save_model
+from miras.nn.folder import load_model, naming, read_config, save_model, write_atomically, write_whole
 from miras.nn.lm import LM
+from miras.nn.threads import set_threads
 from miras.presets import override, preset
-from miras.train.checkpoint import checkpoints
+from miras.train.checkpoint import checkpoints, read_checkpoint_config, read_meta
 from miras.train.loop import NonFiniteError, Run, Settings
 from miras.train.options import TrainOptions
 from miras.train.tasks import NeedleTraining, Task, TextTask
@@ -35,8 +36,7 @@ _FREE = ("out", "resume", "threads", "checkpoint_every", "keep", "cache", "model
 def train(options: TrainOptions) -> int:
     """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
     console = Console(stderr=True)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    set_threads(options.threads)
     _check(options)
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
@@ -49,6 +49,8 @@ def train(options: TrainOptions) -> int:
         f"step {run.step} of {options.steps}, {options.out}"
     )
     said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    if options.resume:  # the model it began with, also where it goes on without naming it
+        said["model"] = read_meta(checkpoints(options.out)[-1])["options"].get("model")
 
     def save() -> Path:
         return run.save(options.out, said, extra, options.keep)
@@ -56,7 +58,7 @@ def train(options: TrainOptions) -> int:
     if run.step == 0:
         save()
     try:
-        with interruptible() as stopped, progress(console, options.steps, run.step) as show:
+        with interruptible() as stopped, progress(console, options.steps, run) as show:
             for row in run.until(options.steps):
                 metrics.add(row)
                 show(row)
@@ -91,8 +93,15 @@ def _check(options: TrainOptions) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     for name in ("lr", "clip", "own_lr"):
-        if not getattr(options, name) > 0:
+        # An infinite clip is none.
+        if not 0 < getattr(options, name) < math.inf and (name, options.clip) != ("clip", math.inf):
             raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+    for name in ("warmup", "min_lr", "weight_decay", "write_price", "write_price_from", "seed"):
+        if not 0 <= getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(options, name) < 1:
+            raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
     if options.needle and (options.text or options.tokenizer):
         raise ValueError("--needle makes its own text in bytes; leave --text and --tokenizer out")
     there = checkpoints(options.out) if options.out.exists() else []
@@ -104,7 +113,7 @@ def _check(options: TrainOptions) -> None:
     if options.resume and not there:
         raise ValueError(f"--resume: {options.out} holds no checkpoint; leave --resume out to begin")
     if options.resume:
-        before = json.loads((there[-1] / "training.json").read_text())["options"]
+        before = read_meta(there[-1])["options"]
         now = json.loads(json.dumps(dataclasses.asdict(options), default=str))
         changed = [n for n in now if n not in _FREE and n in before and now[n] != before[n]]
         # More steps, another learning rate and the like are a choice; another model or other data an error.
@@ -113,6 +122,12 @@ def _check(options: TrainOptions) -> None:
             raise ValueError(
                 "--resume: the run began with other options: "
                 + ", ".join(f"{n} {before[n]!r}, now {now[n]!r}" for n in fixed)
+            )
+        begun = before.get("model")
+        if options.model is not None and (begun is None or Path(begun).resolve() != options.model.resolve()):
+            raise ValueError(
+                f"--resume: the run began with {begun or 'a fresh model'}, not with {options.model}; the "
+                f"checkpoint holds its model, leave --model out"
             )
 
 
@@ -132,8 +147,17 @@ _SIZES = (
 
 
 def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
-    """The config that the options describe, for a vocabulary."""
+    """The config that the options describe, for a vocabulary; on resuming that of the newest checkpoint."""
     changes: dict[str, Any] = {n: getattr(options, n) for n in _SIZES if getattr(options, n) is not None}
+    if options.resume:
+        newest = checkpoints(options.out)[-1]
+        config = read_checkpoint_config(newest)
+        if config.vocab_size != vocab_size:
+            raise ValueError(
+                f"{newest} has a vocabulary of {config.vocab_size}, the tokenizer's is {vocab_size}; "
+                f"give the tokenizer that the run began with"
+            )
+        return config
     if options.model is None:
         return preset(options.preset, vocab_size=vocab_size, **changes)
     config = read_config(options.model)
@@ -181,16 +205,17 @@ class Metrics:
     """One JSON object per step, appended; a resumed run first drops what came after its checkpoint."""
 
     def __init__(self, path: Path, step: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in path.read_text().splitlines() if _step(line) < step] if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step(line) < step]
+        write_atomically(path, "".join(line + "\n" for line in kept).encode())
         self.path = path
-        self.file = path.open("w")
-        self.file.writelines(line + "\n" for line in kept)
+        # Unbuffered, so that each line is on its way at once and closing cannot fail.
+        self.file = path.open("ab", buffering=0)
 
     def add(self, row: dict[str, float]) -> None:
         """Write a step's metrics."""
-        self.file.write(json.dumps({**row, "time": time.time()}) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            write_whole(self.file.fileno(), (json.dumps({**row, "time": time.time()}) + "\n").encode())
 
     def close(self) -> None:
         """Close the file."""
@@ -199,8 +224,8 @@ class Metrics:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):  # a line that a crash cut short
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that a crash cut short
         return math.inf
 
 
@@ -223,7 +248,7 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def progress(console: Console, steps: int, done: int) -> Iterator[Callable[[dict[str, float]], None]]:
+def progress(console: Console, steps: int, run: Run) -> Iterator[Callable[[dict[str, float]], None]]:
     """A live bar with loss, bits per byte, tokens/s and time left; plain lines where there is no terminal."""
     bar = Progress(
         TextColumn("{task.description}"),
@@ -235,14 +260,14 @@ def progress(console: Console, steps: int, done: int) -> Iterator[Callable[[dict
         disable=not console.is_terminal,
     )
     smooth: dict[str, float] = {}
-    tokens = [0.0]
+    tokens = [float(run.tokens)]
 
     def show(row: dict[str, float]) -> None:
         for name in ("loss", "bits_per_byte", "seconds", "accuracy"):
             if name in row:
                 smooth[name] = 0.95 * smooth.get(name, row[name]) + 0.05 * row[name]
         rate = (row["tokens"] - tokens[0]) / max(row["seconds"], 1e-9)
-        smooth["rate"] = 0.9 * smooth.get("rate", rate) + 0.1 * rate if tokens[0] else rate
+        smooth["rate"] = 0.9 * smooth.get("rate", rate) + 0.1 * rate
         tokens[0] = row["tokens"]
         said = f"loss {smooth['loss']:.3f}  {smooth['bits_per_byte']:.3f} bits/byte  "
         said += f"{smooth['rate']:,.0f} tokens/s"
@@ -254,5 +279,5 @@ def progress(console: Console, steps: int, done: int) -> Iterator[Callable[[dict
             console.print(f"step {row['step'] + 1:.0f}/{steps}  {said}", highlight=False)
 
     with bar:
-        task = bar.add_task("training", total=steps, completed=done, said="")
+        task = bar.add_task("training", total=steps, completed=run.step, said="")
         yield show

@@ -1,5 +1,6 @@
 """What a model is trained on. A task gives the batch of a step and says what its loss means."""
 
+import hashlib
 import math
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import torch
 
 from miras.data.batches import Batch, Lanes
 from miras.data.needle import Curriculum, NeedleTask, score
+from miras.data.tokens import TokenFile
 from miras.nn.lm import LMState
 
 
@@ -46,6 +48,7 @@ class TextTask:
         bytes_per_token: float = 1.0,
     ) -> None:
         self.lanes = Lanes(tokens, offsets, batch_size=batch_size, seq_len=seq_len, align=align, seed=seed)
+        self.data = _hash(tokens, offsets)
         self.micro_batches, self.carry, self.bytes_per_token = micro_batches, carry, bytes_per_token
         self.states: list[LMState | None] = [None] * micro_batches
 
@@ -64,10 +67,20 @@ class TextTask:
         return True
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "text"}
+        lanes = self.lanes
+        return {
+            "kind": "text",
+            "data": self.data,
+            "batch_size": lanes.batch_size,
+            "seq_len": lanes.seq_len,
+            "align": lanes.align,
+            "seed": lanes.seed,
+            "micro_batches": self.micro_batches,
+            "carry": self.carry,
+        }
 
     def restore(self, values: dict[str, Any]) -> None:
-        _expect("text", values)
+        _expect(self.to_dict(), values)
 
 
 class NeedleTraining:
@@ -111,20 +124,54 @@ class NeedleTraining:
         return self.priced
 
     def to_dict(self) -> dict[str, Any]:
-        return {"kind": "needle", "curriculum": self.curriculum.to_dict(), "priced": self.priced}
+        return self._fixed() | {"curriculum": self.curriculum.to_dict(), "priced": self.priced}
+
+    def _fixed(self) -> dict[str, Any]:
+        filler = None if self.filler is None else hashlib.sha256(self.filler).hexdigest()
+        return {
+            "kind": "needle",
+            "data": filler,
+            "tokens_per_step": self.tokens_per_step,
+            "seed": self.seed,
+            "digits": self.digits,
+        }
 
     def restore(self, values: dict[str, Any]) -> None:
-        _expect("needle", values)
+        _expect(self._fixed(), values)
         self.curriculum = Curriculum.from_dict(values["curriculum"])
         self.priced = values["priced"]
 
 
-def _expect(kind: str, values: dict[str, Any]) -> None:
-    if values.get("kind") != kind:
+def _expect(mine: dict[str, Any], values: dict[str, Any]) -> None:
+    """Refuse a checkpoint of a task that would give other batches."""
+    if values.get("kind") != mine["kind"]:
         raise ValueError(
-            f"the checkpoint was trained on {values.get('kind')!r}, this run trains on {kind!r}; "
+            f"the checkpoint was trained on {values.get('kind')!r}, this run trains on {mine['kind']!r}; "
             f"use the options it began with"
         )
+    if values.get("data") != mine["data"]:
+        before, now = (str(x)[:12] for x in (values.get("data"), mine["data"]))
+        raise ValueError(
+            f"the checkpoint was trained on other data (tokens of SHA-256 {before}, now {now}); "
+            f"use the text and the tokenizer it began with"
+        )
+    other = [n for n in mine if values.get(n) != mine[n]]
+    if other:
+        raise ValueError(
+            "the checkpoint was trained with "
+            + ", ".join(f"{n} {values.get(n)!r}, now {mine[n]!r}" for n in other)
+            + "; use the options it began with"
+        )
+
+
+def _hash(tokens: Any, offsets: Any) -> str:
+    """SHA-256 of token ids and of where documents end: equal for equal batches."""
+    if isinstance(tokens, TokenFile):
+        start, ends = tokens.tokens_sha256.encode(), tokens.documents
+    else:
+        start = np.ascontiguousarray(tokens).tobytes()
+        ends = [0, len(tokens)] if offsets is None else offsets
+    return hashlib.sha256(start + np.asarray(ends, dtype=np.int64).tobytes()).hexdigest()
 
 
 def as_tensors(batch: Batch) -> dict[str, torch.Tensor]:
