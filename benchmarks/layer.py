@@ -4,8 +4,8 @@
     python benchmarks/layer.py
 
 Batch 1, 4096 tokens, width 256, 4 heads of 64, a two-layer memory with expansion 4 and momentum, fp32. By default
-titans-pytorch takes its gradients at the initial memory; with batch_size = chunk they follow the memory, as ours do. It
-reads each chunk with the weights from before it, ours with those of every token.
+titans-pytorch takes its gradients at the initial memory; with batch_size = chunk they follow the memory, as ours
+do. It reads each chunk with the weights from before it, ours with those of every token.
 """
 
 import argparse

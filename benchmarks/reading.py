@@ -1,12 +1,12 @@
 """Does the memory help to read? titans-mag against its attention-only twin, paired seeds, equal tokens.
 
-Both are trained on the same lanes of text with carried state, then read held-out books as one stream each.
-Resumable: a run that is there is not trained again. With --equal-time, a second call also trains the twin of those
-seeds for as many CPU seconds as the memory model took.
+Both are trained on the same lanes of text with carried state, then read held-out text as one stream.
 
-    python benchmarks/reading.py --text novels.tar.xz --heldout Treasure Women Adam_ Nostromo
+    python benchmarks/reading.py                                   # the embedded novel, its last chapters held out
+    python benchmarks/reading.py --equal-time 0 1 2                # then also twins of equal CPU time
+    python benchmarks/reading.py --text novels.tar.xz --heldout Treasure Women    # other text, books held out by name
 
-Without --text the embedded novel serves, split into its training and held-out chapters.
+Resumable: a run that is there is not trained again, so use another --out for other settings.
 """
 
 import argparse
@@ -18,35 +18,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from miras.core.algorithm import GradientDescent
-from miras.core.memory import Matrix
-from miras.core.rule import Rule
 from miras.data.novel import load_novel
 from miras.data.text import read_documents
+from miras.demo.reading_act import BATCH, CHUNK, LENGTH, reading_config
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, save_model
-from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.presets import attention_twin, preset
+from miras.presets import attention_twin
 from miras.train.loop import Run, Settings
 from miras.train.tasks import TextTask
-
-
-def config() -> ModelConfig:
-    """About 0.9M parameters: attention blocks and memory-as-gate blocks in turn, window 64, a linear memory."""
-    return preset(
-        "titans-mag",
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_heads=2,
-        pattern=("attention", "mag"),
-        window_size=64,
-        num_persistent=4,
-        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=32),
-        gates={"lr": Gate(scale=0.8), "momentum": Gate(scale=0.9), "forget": Gate(bias=-5.0)},
-        initial_scale=0.0,
-        tie_word_embeddings=True,
-    )
 
 
 def parameters(config: ModelConfig) -> int:
@@ -95,7 +75,7 @@ def main() -> None:
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--heldout", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument(
         "--equal-time", type=int, nargs="*", default=[], help="seeds whose twin also gets equal time"
     )
@@ -104,8 +84,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.text and not options.heldout:
+        parser.error("--text needs --heldout: parts of the names of the books to hold out")
     tokens, offsets, held = text(options.text, options.heldout)
-    memory = config()
+    memory = reading_config()
     twin = attention_twin(memory, parameters(memory), parameters)
     rows = []
     for seed in options.seeds:
@@ -153,8 +135,8 @@ def train(
 ) -> None:
     """Train one model and keep it in a folder."""
     torch.manual_seed(seed)
-    task = TextTask(tokens, offsets, batch_size=4, seq_len=512, align=32, seed=seed)
-    run = Run(LM(config), task, Settings(steps=steps))
+    task = TextTask(tokens, offsets, batch_size=BATCH, seq_len=LENGTH, align=CHUNK, seed=seed)
+    run = Run(LM(config), task, Settings(steps=steps, lr=4e-3, warmup=30, weight_decay=0.05))
     began = time.process_time()
     for row in run.until(steps):
         if row["step"] % 100 == 0:

@@ -60,8 +60,7 @@ def scan(
     whose `link` is not the identity has no such form here: it runs the recurrence.
     """
     if type(rule.retention).link is not Retention.link:
-        again = {"valid": valid, "write": write, "reset": reset, "initial": initial}
-        return recurrence(rule, state, q, k, v, gates, **again)
+        return recurrence(rule, state, q, k, v, gates, valid=valid, write=write, reset=reset, initial=initial)
     masks = Masks(valid, write, reset)
     check(rule, state, q, k, v, gates, masks, initial)
     T = q.shape[2]

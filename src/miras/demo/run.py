@@ -89,7 +89,7 @@ def demo(options: DemoOptions) -> int:
     for timing in (*timings, Timing("look", clock())):
         table.add_row(timing.label, f"{timing.seconds:.0f} s", "")
     console.print(table)
-    console.print(f"{whole():.0f} s in all. Look at [bold]{path}[/]", highlight=False)
+    console.print(f"{whole():.0f} s in all. Look at [bold]{path}[/]", highlight=False, soft_wrap=True)
     return 0
 
 
