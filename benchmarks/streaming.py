@@ -2,12 +2,13 @@
 
     python benchmarks/streaming.py
 
-Peak memory is that of a fresh process for each length. Time per token is measured in one process, in blocks that
+Peak memory is that of a fresh process for each length, with fixed malloc thresholds. Time per token is measured in one process, in blocks that
 alternate between the two saved states.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from miras.nn.reading import read_pieces
 from miras.stream.files import load_state, save_state
 
 LENGTHS = (50_000, 1_000_000)
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+"""glibc otherwise moves its own thresholds while it runs, and the heap's shape with them: 10 MB of noise either way."""
 
 
 def blocks(length: int, size: int = 8192) -> Iterator[np.ndarray]:
@@ -48,7 +51,9 @@ def measure(folder: Path, rounds: int) -> dict[str, dict[int, float]]:
     peak: dict[int, float] = {}
     for length in LENGTHS:
         command = [sys.executable, __file__, "--read", str(length), "--folder", str(folder)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | MALLOC
+        ).stdout
         peak[length] = json.loads(told)
     model = load()["memory"]
     states = {n: load_state(folder / f"{n}.safetensors", model)[0] for n in LENGTHS}
