@@ -2,8 +2,8 @@
 
     python benchmarks/streaming.py
 
-Peak memory is that of a fresh process for each length, with fixed malloc thresholds. Time per token is measured in one process, in blocks that
-alternate between the two saved states.
+Peak memory is that of a fresh process for each length, with fixed malloc thresholds. Time per token is measured in
+one process, in blocks that alternate between the two saved states.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from miras.stream.files import load_state, save_state
 
 LENGTHS = (50_000, 1_000_000)
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
-"""glibc otherwise moves its own thresholds while it runs, and the heap's shape with them: 10 MB of noise either way."""
+"""Left to itself, glibc moves its thresholds while it runs, and the heap's shape with them: 10 MB either way."""
 
 
 def blocks(length: int, size: int = 8192) -> Iterator[np.ndarray]:
