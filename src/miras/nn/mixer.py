@@ -1,5 +1,6 @@
 """What every token mixer is: (x, state) -> (y, state), whole, in pieces, ragged or token by token."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -9,19 +10,19 @@ from miras.core.conv import conv
 from miras.core.rows import Rows, pack
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """Mixes x (B, T, hidden) along T, carrying a state that is a value.
 
     A subclass gives `initial` and `mix`; `forward` is the same for all.
     """
 
+    @abstractmethod
     def initial(self, rows: int, like: Tensor) -> Any:
         """The state before the first token of `rows` streams."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mix(self, x: Tensor, state: Any, rows: Rows) -> tuple[Tensor, Any]:
         """x (B, T, hidden) with its rows filled from the front -> (y, state)."""
-        raise NotImplementedError
 
     def forward(
         self,
