@@ -29,11 +29,6 @@ from miras.train.loop import Run, Settings
 from miras.train.tasks import TextTask
 
 
-def parameters(config: ModelConfig) -> int:
-    """Number of parameters of a config's model."""
-    return LM(config).num_parameters()
-
-
 def text(sources: list[str], heldout: list[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Training tokens, their document offsets, and the held-out books by name."""
     if not sources:
@@ -88,7 +83,7 @@ def main() -> None:
         parser.error("--text needs --heldout: parts of the names of the books to hold out")
     tokens, offsets, held = text(options.text, options.heldout)
     memory = reading_config()
-    twin = attention_twin(memory, parameters(memory), parameters)
+    twin = attention_twin(memory)
     rows = []
     for seed in options.seeds:
         runs = {"titans-mag": (memory, options.steps), "twin": (twin, options.steps)}

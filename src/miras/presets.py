@@ -4,11 +4,14 @@ import dataclasses
 import difflib
 from typing import Any
 
+import torch
+
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP
 from miras.core.rule import Rule
 from miras.nn.config import ModelConfig
 from miras.nn.gates import Gate
+from miras.nn.lm import LM
 
 TITANS = {
     "rule": Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
@@ -63,17 +66,21 @@ def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
     return dataclasses.replace(config, **values)
 
 
-def attention_twin(config: ModelConfig, parameters: int, count: Any) -> ModelConfig:
+def attention_twin(config: ModelConfig) -> ModelConfig:
     """The attention-only model of equal size: same window, memories out, the SwiGLU wider by what they held.
 
-    `count` gives the parameters of a config; the twin's are the nearest to `parameters` (a multiple of 2 in the
-    SwiGLU's width).
+    Its size is the nearest that a SwiGLU of even width gives.
     """
     pattern = tuple("attention" for _ in config.pattern)
     base = dataclasses.replace(config, pattern=pattern, intermediate_size=config.inner())
     per_unit = 3 * config.hidden_size * config.num_hidden_layers
-    extra = round((parameters - count(base)) / per_unit / 2) * 2
+    extra = round((_size(config) - _size(base)) / per_unit / 2) * 2
     return dataclasses.replace(base, intermediate_size=max(2, config.inner() + extra))
+
+
+def _size(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return LM(config).num_parameters()
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -289,6 +289,6 @@ def test_needles_get_longer_with_success_and_are_paid_for():
 def test_the_twin_has_the_same_size_and_no_memory():
     config = preset("titans-mag", vocab_size=256, hidden_size=64, window_size=8, num_persistent=2)
     count = lambda c: LM(c).num_parameters()  # noqa: E731
-    twin = attention_twin(config, count(config), count)
+    twin = attention_twin(config)
     assert set(twin.pattern) == {"attention"} and twin.window_size == 8
     assert count(twin) == pytest.approx(count(config), rel=0.01)

@@ -54,8 +54,7 @@ def needle_config() -> ModelConfig:
 def needle_configs() -> dict[str, ModelConfig]:
     """The memory model's config and its attention-only twin's, of the same size."""
     memory = needle_config()
-    count = lambda config: LM(config).num_parameters()  # noqa: E731
-    return {"memory": memory, "twin": attention_twin(memory, count(memory), count)}
+    return {"memory": memory, "twin": attention_twin(memory)}
 
 
 def retrain(

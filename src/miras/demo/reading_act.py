@@ -106,8 +106,7 @@ def reading_act(
     """Train a titans-mag and its twin, read the held-out chapters, write a paragraph, save and go on."""
     console.print(f"\n[bold]It learns to read.[/] {novel.title}, {len(novel.train):,} bytes to learn from.")
     config = reading_config()
-    count = lambda c: LM(c).num_parameters()  # noqa: E731
-    twin_config = attention_twin(config, count(config), count)
+    twin_config = attention_twin(config)
     run = new_run(config, novel, 10**6, seed)
     loss = [train_for(run, seconds, "titans-mag", "memory", console)]
     twin = new_run(twin_config, novel, run.settings.steps, seed)
