@@ -59,12 +59,15 @@ def run(who: str, chunk: int, rounds: int) -> None:
     layer = build(who, chunk)
     x = torch.randn(1, TOKENS, WIDTH)
     times: list[float] = []
-    for _ in range(rounds + 1):
+
+    def once() -> float:  # a function, so that one round's results are gone before the next
         layer.zero_grad(set_to_none=True)
         began = time.perf_counter()
         y, _ = layer(x)
         y.square().mean().backward()
-        times.append(time.perf_counter() - began)
+        return time.perf_counter() - began
+
+    times += [once() for _ in range(rounds + 1)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     print(json.dumps({"seconds": median(times[1:]), "peak_mb": peak}))
 

@@ -3,6 +3,8 @@
 Shapes: B rows, T tokens, D channels, K taps.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,15 @@ def conv(
         return x, tail
     K = weight.shape[1]
     stream = torch.cat([tail, x], 1)
-    y = x * weight[:, -1]
     document = None if reset is None else reset.cumsum(1)
-    for back in range(1, K):
-        tap = stream[:, K - 1 - back : K - 1 - back + T]
-        if document is not None:
+    if document is None:
+        y = _Taps.apply(stream, weight)
+    else:
+        y = x * weight[:, -1]
+        for back in range(1, K):
             before = torch.cat([document.new_zeros(B, back), document], 1)[:, :T]
-            tap = tap * (before == document)[..., None]
-        y = y + tap * weight[:, K - 1 - back]
+            tap = stream[:, K - 1 - back : K - 1 - back + T] * (before == document)[..., None]
+            y = y + tap * weight[:, K - 1 - back]
     if length is None and reset is None:
         return y, stream[:, T:].clone()  # a view would keep the whole stream
     length = torch.full((B,), T, device=x.device) if length is None else length
@@ -44,3 +47,31 @@ def conv(
         newest = known.gather(1, (length + K - 2).clamp_min(0)[:, None])
         tail = tail * (known.gather(1, last) == newest)[..., None]
     return y, tail
+
+
+class _Taps(torch.autograd.Function):
+    """sum_j weight[:, j] stream[:, t + j], accumulated in place: (B, T + K - 1, D) to (B, T, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(stream, weight)
+        taps = _taps(stream, weight)
+        y = taps[-1] * weight[:, -1]
+        for j in reversed(range(len(taps) - 1)):
+            y.addcmul_(taps[j], weight[:, j])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        (g,) = grads
+        stream, weight = ctx.saved_tensors
+        to_stream = torch.zeros_like(stream)
+        for j, tap in enumerate(_taps(to_stream, weight)):
+            tap.addcmul_(g, weight[:, j])
+        to_weight = [(g * tap).sum((0, 1)) for tap in _taps(stream, weight)]
+        return to_stream, torch.stack(to_weight, 1)
+
+
+def _taps(stream: Tensor, weight: Tensor) -> list[Tensor]:
+    size = stream.shape[1] - weight.shape[1] + 1
+    return [stream[:, j : j + size] for j in range(weight.shape[1])]

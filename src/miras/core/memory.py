@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from miras.core.activation import gelu, layer_norm
 
 Linear = Callable[[str, Tensor], Tensor]
 """`linear(name, x)` is x @ W[name], however the weight is held: x (..., d_in) -> (..., d_out)."""
@@ -70,9 +71,9 @@ class MLP(Memory):
     def apply(self, x: Tensor, linear: Linear) -> Tensor:
         y = x
         for i in range(1, self.depth + 1):
-            y = linear(f"w{i}", F.gelu(y) if i > 1 else y)
+            y = linear(f"w{i}", gelu(y) if i > 1 else y)
         if self.norm:
-            y = F.layer_norm(y, y.shape[-1:])
+            y = layer_norm(y)
         return x + y if self.residual else y
 
 

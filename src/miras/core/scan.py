@@ -13,6 +13,7 @@ Shapes: B rows, H heads, N chunks, n tokens of a chunk (or of the piece of one t
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.algorithm import bound_factors
+from miras.core.dual import fast_advance, fast_read, hold, products, release
 from miras.core.observe import observe, observing
 from miras.core.retention import Retention
 from miras.core.rule import (
@@ -36,8 +38,8 @@ from miras.core.rule import (
 )
 from miras.core.state import Tree, choose, ordinary
 
-ACTIVATION_BYTES = 1 << 26
-"""Above this many bytes of per-chunk weights, groups of chunks are recomputed in the backward pass."""
+ACTIVATION_BYTES = 160 << 20
+"""About as many bytes are kept for the backward pass; chunks before the last ones that fit are recomputed in it."""
 
 
 @ordinary
@@ -222,12 +224,12 @@ def _groups(
     observation = observing()
     trace: list[Tree] | None = None if observation is None else []
     size = N
-    if torch.is_grad_enabled() and N > 1 and N * state.nbytes() > ACTIVATION_BYTES:
-        size = math.isqrt(N - 1) + 1
+    if torch.is_grad_enabled() and N > 1:
+        size = min(N, max(math.isqrt(N - 1) + 1, ACTIVATION_BYTES // _activation_bytes(chunks, state)))
+    parts = [chunks] if size == N else _parts(chunks, size)
     reads: list[Tensor] = []
-    run = _run if size == N else _run_recomputed
-    for part in [chunks] if size == N else _parts(chunks, size):
-        y, state = run(rule, state, fresh, part, trace)
+    for part in parts:  # the backward pass begins with the last one: nothing is won by recomputing it
+        y, state = (_run if part is parts[-1] else _run_recomputed)(rule, state, fresh, part, trace)
         reads.append(y)
     if observation is not None and trace is not None:
         seen = {name: torch.cat([t[name] for t in trace], -1) for name in trace[0]}
@@ -238,11 +240,26 @@ def _groups(
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
 
 
+def _activation_bytes(chunks: Chunks, state: State) -> int:
+    """About what one chunk keeps for the backward pass: weights, what goes in and out of them, and its tables."""
+    n, rows = chunks.q.shape[3], chunks.q.shape[0] * chunks.q.shape[1]
+    weights = sum(
+        2 * a.shape[-2] * a.shape[-1] + 3 * n * (a.shape[-2] + a.shape[-1]) for a in state.A.values()
+    )
+    return rows * (weights + 8 * n * n) * chunks.q.element_size()
+
+
 def _parts(chunks: Chunks, size: int) -> list[Chunks]:
-    """Groups of `size` chunks. Split, not sliced: the gradient of a slice is as large as what it was cut from."""
-    q, k, v = (x.split(size, 2) for x in chunks[:3])
-    gates = {n: g.split(size, 2) for n, g in chunks.gates.items()}
-    write = None if chunks.write is None else chunks.write.split(size, 1)
+    """Groups of `size` chunks, the first one of what is left over.
+
+    Split, not sliced: the gradient of a slice is as large as what it was cut from.
+    """
+    N = chunks.q.shape[2]
+    sizes = [N % size] * (N % size > 0) + [size] * (N // size)
+    q, k, v = (x.split(sizes, 2) for x in chunks[:3])
+    gates = {n: g.split(sizes, 2) for n, g in chunks.gates.items()}
+    write = None if chunks.write is None else chunks.write.split(sizes, 1)
+    bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     return [
         Chunks(
             q=q[i],
@@ -251,8 +268,8 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
             gates={n: g[i] for n, g in gates.items()},
             write=None if write is None else write[i],
             slots=chunks.slots,
-            starts=chunks.starts[i * size : (i + 1) * size],
-            ends=chunks.ends[i * size : (i + 1) * size],
+            starts=chunks.starts[bounds[i] : bounds[i + 1]],
+            ends=chunks.ends[bounds[i] : bounds[i + 1]],
         )
         for i in range(len(q))
     ]
@@ -301,20 +318,21 @@ class _Recompute(torch.autograd.Function):
         return tuple(distinct)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:]
-        inputs = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, needed, strict=True)]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()
+        inputs = ctx.saved_tensors
+        if not again:
+            inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
         with torch.enable_grad(), observe(active=False):
             outputs = ctx.fn(*inputs)
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
-        wanted = [x for x in inputs if x.requires_grad]
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(
-            torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+            torch.autograd.grad(
+                [y for y, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True, create_graph=again
+            )
         )
-        return (None, *(next(found) if x.requires_grad else None for x in inputs))
+        return (None, *(next(found) if need else None for need in needed))
 
 
 def _run(
@@ -323,28 +341,47 @@ def _run(
     """Chunks one after the other: what depends on gates and keys alone is done for all of them at once."""
     if chunks.starts[0] is not None and fresh is not None:
         state = choose(chunks.starts[0], fresh, state)
-    table = _coefficients(rule, state, chunks)
+    table = _coefficients(rule, state, chunks, trace is not None)
     per_chunk = {n: _by_chunk(c) for n, c in table.items()}
     gates = {name: g.unbind(2) for name, g in chunks.gates.items()}
     q, k, v = (x.unbind(2) for x in chunks[:3])
+    held = _hold(state)
+    fresh_held = None if fresh is None else _hold(fresh)
     reads: list[Tensor] = []
     for j in range(len(q)):
         start, end = chunks.starts[j], chunks.ends[j]
-        if j > 0 and start is not None and fresh is not None:
-            state = choose(start, fresh, state)
+        if j > 0 and start is not None and fresh is not None and fresh_held is not None:
+            state, held = choose(start, fresh, state), choose(start, fresh_held, held)
         coefs = {n: c[j] for n, c in per_chunk.items()}
         gates_j = {name: g[j] for name, g in gates.items()}
-        y, state, seen = _chunk(rule, state, q[j], k[j], v[j], gates_j, coefs, trace is not None)
-        reads.append(y)
-        if seen is not None and trace is not None:
+        xs, ds, loss = _factors(rule, state, k[j], v[j], gates_j, coefs)
+
+        def read(name: str, x: Tensor) -> Tensor:
+            return fast_read(x, xs[name], ds[name], held[name], coefs[name].first, coefs[name].table)  # noqa: B023
+
+        reads.append(rule.memory.apply(q[j], read))
+        if trace is not None:
             lr = {n: c.lr for n, c in coefs.items()}
             write = None if chunks.write is None else chunks.write[:, j]
-            trace.append({n: x.detach() for n, x in (observed(rule, gates_j, lr, write) | seen).items()})
+            seen = observed(rule, gates_j, lr, write) | _watch(held, xs, ds, coefs) | {"loss": loss}
+            trace.append({n: x.detach() for n, x in seen.items()})
+        A: Tree = {}
+        for n, c in coefs.items():
+            held[n], A[n] = fast_advance(xs[n], ds[n], held[n], c.carry, c.last)
+        retained = {n: r * coefs[n].K0[..., -1] for n, r in state.retained.items()}
+        state = State(A, state.S, state.anchor, state.phase, retained, state.recent)
         if end is True:
             state = close_chunk(rule, state)
         elif isinstance(end, Tensor):
             state = _leave_open(rule, state, k[j], chunks, j, end)
+    state = replace(
+        state, S={n: release(held[n], a.shape[-2] > a.shape[-1], 2)[1] for n, a in state.A.items() if state.S}
+    )
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
+
+
+def _hold(state: State) -> Tree:
+    return {n: hold(a, state.S.get(n)) for n, a in state.A.items()}
 
 
 def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, phase: Tensor) -> State:
@@ -371,27 +408,25 @@ def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, pha
 class Coefficients(NamedTuple):
     """What one weight's update is made of, chunk by chunk, with the signs of the equations at the top of the file.
 
-    lr (..., n) the bounded step; K0 (..., n) and G (..., n, n), -G of the equations; with momentum G0, H0 (..., n)
-    and H (..., n, n), -H of the equations, else None; and what they are at the chunk's last token, shaped to stand
-    beside a weight: K_end, G0_end, H0_end (..., 1, 1), G_end, H_end (..., n, 1).
+    lr (..., n) the bounded step. first (..., n, 1 or 2): K0 and, with momentum, G0; table (..., n, n), -G of the
+    equations; K0 (..., n). At the chunk's last token: carry (..., 1, 1) or (..., 2, 2), [[K0, G0], [0, H0]], and last
+    (..., n, 1 or 2), -G and -H. H (..., n, n), -H of the equations, and H0 (..., n) are for an observer only.
     """
 
     lr: Tensor
     K0: Tensor
-    G: Tensor
-    K_end: Tensor
-    G_end: Tensor
-    G0: Tensor | None = None
+    first: Tensor
+    table: Tensor
+    carry: Tensor
+    last: Tensor
     H: Tensor | None = None
     H0: Tensor | None = None
-    G0_end: Tensor | None = None
-    H_end: Tensor | None = None
-    H0_end: Tensor | None = None
 
 
-def _at_end(first: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., n) and (..., n, n) at the last token, as (..., 1, 1) and (..., n, 1)."""
-    return first[..., -1:, None], table[..., -1, :, None]
+def _first(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Column 0 and the others. Split, not sliced, for the sake of the gradient."""
+    first, rest = table.split([1, table.shape[-1] - 1], -1)
+    return first[..., 0], rest
 
 
 def _by_chunk(c: Coefficients) -> list[Coefficients]:
@@ -399,29 +434,20 @@ def _by_chunk(c: Coefficients) -> list[Coefficients]:
     return [Coefficients(*chunk) for chunk in zip(*parts, strict=True)]
 
 
-def products(a: Tensor) -> Tensor:
-    """[t, i] = a_i ... a_t for i <= t, 1 for i = t + 1, else 0: (..., n) to (..., n, n + 1).
-
-    Column 0 carries the initial state, column i + 1 the input of token i. Formed by masked doubling, so that
-    values and gradients are exact where a gate is 0 or 1; a product through logarithms loses them.
-    """
-    n = a.shape[-1]
-    row, column = torch.arange(n, device=a.device)[:, None], torch.arange(n + 1, device=a.device)
-    x = torch.where(column <= row, a[..., None], 1)
-    span = 1
-    while span < n:
-        x = torch.cat([x[..., :span, :], x[..., span:, :] * x[..., :-span, :]], -2)
-        span *= 2
-    return x * (column <= row + 1)
-
-
-def _coefficients(rule: Rule, state: State, chunks: Chunks) -> dict[str, Coefficients]:
+def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dict[str, Coefficients]:
     """The coefficients of every weight, all chunks at once, from gates and keys."""
     write = None if chunks.write is None else chunks.write[:, None]
-    overlap, open_chunk = None, False
+    bounded: Callable[[Tensor, Tensor], tuple[Tensor]] | None = None
+    open_chunk = False
     if rule.algorithm.step_bound:
         open_chunk = bool(state.phase.any())
-        overlap = (chunks.k @ chunks.k.mT).abs().tril(-1)
+        strength = rule.algorithm.step_bound
+
+        def factors(k: Tensor, lr: Tensor) -> tuple[Tensor]:
+            return (lr * bound_factors((k @ k.mT).abs().tril(-1), lr, strength),)
+
+        bounded = factors
+
     shared: dict[tuple[int, ...], Coefficients] = {}
     table: dict[str, Coefficients] = {}
     for name in state.A:
@@ -432,27 +458,32 @@ def _coefficients(rule: Rule, state: State, chunks: Chunks) -> dict[str, Coeffic
             lr, keep = gate_of(chunks.gates, "lr", name), 1 - gate_of(chunks.gates, "forget", name)
             if write is not None:
                 lr, keep = torch.where(write, lr, 0), torch.where(write, keep, 1)
-            if overlap is not None:
-                lr = lr * bound_factors(overlap, lr, rule.algorithm.step_bound)
+            if bounded is not None:
+                (lr,) = _Recompute.apply(bounded, chunks.k, lr)
                 if open_chunk:
                     met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
                     first = bound_factors(met, state.recent[name], rule.algorithm.step_bound)
                     lr = torch.cat([lr[:, :, :1] * first[:, :, None], lr[:, :, 1:]], 2)
             K = products(keep)
-            K0, steps = K[..., 0], K[..., 1:]
+            K0, steps = _first(K)
             if write is not None:
                 steps = steps * write[..., None, :]
             step = -lr[..., None, :]
             if rule.algorithm.momentum:
                 momentum = gate_of(chunks.gates, "momentum", name)
                 H = products(momentum if write is None else torch.where(write, momentum, 1))
-                G = steps @ H
-                G0, G, H0, H = G[..., 0], G[..., 1:] * step, H[..., 0], H[..., 1:] * step
-                ends = (*_at_end(K0, G), G0, H, H0, G0[..., -1:, None], *reversed(_at_end(H0, H)))
+                (G0, G), (H0, H) = _first(steps @ H), _first(H)
+                G = G * step
+                first = torch.stack([K0, G0], -1)
+                end = [first[..., -1, :], torch.stack([torch.zeros_like(K0[..., -1]), H0[..., -1]], -1)]
+                last = torch.stack([G[..., -1, :], H[..., -1, :] * step[..., 0, :]], -1)
+                shared[key] = Coefficients(lr, K0, first, G, torch.stack(end, -2), last)
+                if watched:
+                    shared[key] = shared[key]._replace(H=H * step, H0=H0)
             else:
                 G = steps * step
-                ends = _at_end(K0, G)
-            shared[key] = Coefficients(lr, K0, G, *ends)
+                first = K0[..., None]
+                shared[key] = Coefficients(lr, K0, first, G, first[..., -1:, :], G[..., -1, :, None])
         table[name] = shared[key]
     return table
 
@@ -492,57 +523,19 @@ def _factors(
     return xs, dict(zip(outs, ds, strict=True)), loss
 
 
-def _chunk(
-    rule: Rule,
-    state: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tree,
-    coefs: dict[str, Coefficients],
-    watched: bool,
-) -> tuple[Tensor, State, Tree | None]:
-    """One chunk: gradient factors at the anchor, reads as masked attention, the accumulators at its end."""
-    xs, ds, loss = _factors(rule, state, k, v, gates, coefs)
-
-    def read(name: str, x: Tensor) -> Tensor:
-        c = coefs[name]
-        y = c.K0[..., None] * (x @ state.A[name]) + ((x @ xs[name].mT) * c.G) @ ds[name]
-        return y if c.G0 is None else y + c.G0[..., None] * (x @ state.S[name])
-
-    y = rule.memory.apply(q, read)
-    A: Tree = {}
-    S: Tree = {}
-    retained: Tree = {}
-    for n, c in coefs.items():
-        x, d = xs[n], ds[n]
-        A[n] = c.K_end * state.A[n] + _rank(x, d, c.G_end)
-        if c.G0_end is not None and c.H_end is not None and c.H0_end is not None:
-            A[n] = A[n] + c.G0_end * state.S[n]
-            S[n] = c.H0_end * state.S[n] + _rank(x, d, c.H_end)
-        if rule.retention.decayed:
-            retained[n] = state.retained[n] * c.K0[..., -1]
-    seen = _watch(state, xs, ds, coefs) | {"loss": loss} if watched else None
-    return y, State(A, S, state.anchor, state.phase, retained, state.recent), seen
-
-
-def _rank(x: Tensor, d: Tensor, weight: Tensor) -> Tensor:
-    """sum_i weight_i x_i d_i^T, weighted on the narrower side."""
-    return (x * weight).mT @ d if x.shape[-1] < d.shape[-1] else x.mT @ (d * weight)
-
-
-def _watch(state: State, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
+def _watch(held: Tree, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
     """|grad_t|, |S_t| and |W_t| of a chunk's tokens (B, H, n); here, and only here, per-token weights are formed."""
     rank_one = {n: torch.einsum("bhid,bhie->bhide", x, ds[n]) for n, x in xs.items()}
     moved: Tree = {}
     weights: Tree = {}
     for n, c in coefs.items():
+        A, *S = release(held[n], xs[n].shape[-1] > ds[n].shape[-1], c.first.shape[-1])
         grown = lambda first, old: first[..., None, None] * old[..., None, :, :]  # noqa: E731
         summed = lambda table, n=n: torch.einsum("bhti,bhide->bhtde", table, rank_one[n])  # noqa: E731
-        weights[n] = grown(c.K0, state.A[n]) + summed(c.G)
-        if c.G0 is not None and c.H is not None and c.H0 is not None:
-            weights[n] = weights[n] + grown(c.G0, state.S[n])
-            moved[n] = grown(c.H0, state.S[n]) + summed(c.H)
+        weights[n] = grown(c.K0, A) + summed(c.table)
+        if S and c.H is not None and c.H0 is not None:
+            weights[n] = weights[n] + grown(c.first[..., 1], S[0])
+            moved[n] = grown(c.H0, S[0]) + summed(c.H)
         else:
             moved[n] = rank_one[n] * c.lr[..., None, None]
     momentary = torch.stack([x.norm(dim=-1) * ds[n].norm(dim=-1) for n, x in xs.items()]).norm(dim=0)

@@ -14,7 +14,7 @@ from miras.core.rule import Rule, State, init_state
 from miras.core.state import Record
 from miras.nn.gates import Gate, Gates, Precise
 from miras.nn.mixer import Mixer, Projection, heads, merge
-from miras.nn.norm import RMSNorm
+from miras.nn.norm import RMSNorm, unit
 from miras.ops import scan
 
 
@@ -104,8 +104,8 @@ class MemoryReader(Mixer):
             y, memory = scan(
                 self.rule,
                 state.memory,
-                F.normalize(parts["q"], dim=-1),
-                F.normalize(parts["k"], dim=-1),
+                unit(parts["q"]),
+                unit(parts["k"]),
                 parts["v"],
                 gates,
                 valid=rows.valid(x.shape[1]),
