@@ -7,33 +7,121 @@ import zlib
 import torch
 from torch import Tensor
 
-from miras.core.algorithm import GradientDescent
-from miras.core.bias import L2, Dot
-from miras.core.memory import MLP, Matrix
-from miras.core.retention import Decay
-from miras.core.rule import Rule
+from miras.core.algorithm import GradientDescent, Implicit, Muon
+from miras.core.bias import L1, L2, Dot, Huber, LInf, Lp, Robust
+from miras.core.memory import MLP, GatedMLP, Matrix, Vector
+from miras.core.retention import (
+    Decay,
+    ElasticNet,
+    FDivergence,
+    Keep,
+    LqNorm,
+    ProximalElasticNet,
+    Sigmoid,
+    Simplex,
+)
+from miras.core.rule import Rule, init_state
 
-MEMORIES = (
-    Matrix(),
-    MLP(depth=1),
-    MLP(depth=2, expansion=2),
-    MLP(depth=3, expansion=1, residual=False, norm=False),
-)
-BIASES = (L2(), Dot())
-RETENTIONS = (Decay(), Decay(decayed=True))
-ALGORITHMS = tuple(GradientDescent(*choice) for choice in itertools.product((False, True), (0.0, 2.0)))
-RULES = tuple(
+CLASSIC = tuple(
     Rule(*axes, chunk_size=size)
-    for *axes, size in itertools.product(MEMORIES, BIASES, RETENTIONS, ALGORITHMS, (1, 3, 16, 64))
+    for *axes, size in itertools.product(
+        (
+            Matrix(),
+            MLP(depth=1),
+            MLP(depth=2, expansion=2),
+            MLP(depth=3, expansion=1, residual=False, norm=False),
+        ),
+        (L2(), Dot()),
+        (Decay(), Decay(decayed=True)),
+        tuple(GradientDescent(*choice) for choice in itertools.product((False, True), (0.0, 2.0))),
+        (1, 3, 16, 64),
+    )
 )
+"""The full product over the linear rules, which have a dual form."""
+
+AXES = (
+    (
+        Matrix(),
+        Vector(),
+        MLP(depth=2, expansion=2),
+        MLP(depth=1, bias=True, affine=True),
+        MLP(depth=2, expansion=1, bias=True, residual=False),
+        GatedMLP(expansion=2),
+        GatedMLP(expansion=1, residual=False, norm=False),
+    ),
+    (
+        L2(),
+        Dot(),
+        L1(eps=1e-2),
+        Lp(3.0, clip=1.0),
+        Lp(1.5, eps=1e-2),
+        LInf(tau=0.5, eps=1e-2),
+        Huber(),
+        Huber("coordinate", delta=0.7),
+        Huber("mixture"),
+        Robust(),
+        Robust("linf", radius=0.3),
+        Robust("l1"),
+    ),
+    (
+        Decay(),
+        Decay(decayed=True),
+        Keep(),
+        ElasticNet(0.05),
+        ElasticNet(0.05, smooth=True),
+        ProximalElasticNet(0.02),
+        LqNorm(4.0),
+        LqNorm(4.0, literal=True),
+        LqNorm(3.0),
+        Simplex(),
+        Simplex("output"),
+        Simplex("all", scale=2.0),
+        FDivergence(),
+        Sigmoid(),
+    ),
+    (
+        GradientDescent(),
+        GradientDescent(momentum=True),
+        GradientDescent(momentum=True, step_bound=2.0),
+        GradientDescent(step_bound=1.0),
+        GradientDescent(steps=2),
+        Implicit(),
+        Muon(scale=0.1),
+        Muon(iterations=2, scale=0.1),
+    ),
+    (1, 3, 16),
+)
+
+
+def covering(seed: int) -> tuple[Rule, ...]:
+    """A random set of allowed rules in which every allowed pair of choices occurs, by greedy choice."""
+    draw = random.Random(seed)
+    made: dict[tuple[int, ...], Rule] = {}
+    for numbers in itertools.product(*(range(len(axis)) for axis in AXES)):
+        try:
+            made[numbers] = Rule(*(axis[n] for axis, n in zip(AXES, numbers, strict=True)))
+        except ValueError:
+            continue
+    pairs = {key: {(i, key[i], j, key[j]) for i, j in itertools.combinations(range(5), 2)} for key in made}
+    missing = set().union(*pairs.values())
+    chosen: list[Rule] = []
+    while missing:
+        some = draw.sample(list(made), 400)
+        best = max(some, key=lambda key: len(pairs[key] & missing))
+        if gained := pairs[best] & missing:
+            missing -= gained
+            chosen.append(made[best])
+    return tuple(chosen)
+
+
+WIDE = covering(seed=0)
+"""Every pair of choices over all four axes and the chunk size, in some rule."""
+RULES = CLASSIC + WIDE
 LENGTHS = {1: 5, 3: 11, 16: 53, 64: 141}
 
 
 def name(rule: Rule) -> str:
-    return (
-        f"{rule.memory}-{rule.bias}-decayed={rule.retention.decayed}-momentum={rule.algorithm.momentum}"
-        f"-bound={rule.algorithm.step_bound}-{rule.chunk_size}"
-    ).replace(" ", "")
+    return f"{rule.memory}-{rule.bias}-{rule.retention}-{rule.algorithm}-{rule.chunk_size}".replace(" ", "")
 
 
 class Problem:
@@ -42,25 +130,41 @@ class Problem:
     def __init__(self, rule: Rule, seed: int, T: int | None = None, B: int = 3, H: int = 2) -> None:
         self.rule, self.random = rule, random.Random(seed)
         g = torch.Generator().manual_seed(seed)
-        T = LENGTHS[rule.chunk_size] if T is None else T
+        wide = rule in WIDE
+        T = (min(LENGTHS[rule.chunk_size], 23) if wide else LENGTHS[rule.chunk_size]) if T is None else T
+        if wide:
+            B, H = 2, 1
         self.B, self.H, self.T = B, H, T
-        residual = isinstance(rule.memory, MLP) and rule.memory.residual
-        Dk, Dv = 4, 4 if residual else 3
+        try:
+            Dk, Dv = 4, 3
+            shapes = rule.memory.shapes(Dk, Dv)
+        except ValueError:  # residual and elementwise memories need equal widths
+            Dk, Dv = 4, 4
+            shapes = rule.memory.shapes(Dk, Dv)
+        steps = (rule.algorithm.steps,) if rule.algorithm.steps > 1 else ()
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-        self.A0 = {
-            n: randn(H, *shape).div(shape[0] ** 0.5) for n, shape in rule.memory.shapes(Dk, Dv).items()
+        self.A0 = {n: randn(H, *shape).div(shape[0] ** 0.5) for n, shape in shapes.items()}
+        self.q, self.k = randn(B, H, T, Dk), torch.nn.functional.normalize(randn(B, H, T, *steps, Dk), dim=-1)
+        self.v = randn(B, H, T, *steps, Dv)
+        self.outer = {
+            n: value + 0.3 * randn(H, width) for n, (width, value) in rule.memory.outer(Dk, Dv).items()
         }
-        self.q, self.k = randn(B, H, T, Dk), torch.nn.functional.normalize(randn(B, H, T, Dk), dim=-1)
-        self.v = randn(B, H, T, Dv)
         self.gates: dict[str, Tensor] = {}
         for gate in rule.gates():
-            own = self.random.random() < 0.3
+            bias = gate in rule.bias.gates
+            own = not bias and self.random.random() < 0.3
             for tail in [f".{n}" for n in self.A0] if own else [""]:
-                value = torch.rand(B, H, T, generator=g, dtype=torch.float64)
-                self.gates[gate + tail] = value * {"lr": 0.2, "forget": 0.2, "momentum": 0.8}[gate]
+                shape: tuple[int, ...] = (B, H, T)
+                if gate == "lr" and steps:
+                    shape = (*shape, *steps)
+                elif wide and self.random.random() < 0.4:
+                    shape = self.random.choice([shape, *self.channels(gate, tail, shapes, Dv)])
+                value = torch.rand(*shape, generator=g, dtype=torch.float64)
+                largest = {"lr": 0.2, "forget": 0.2, "momentum": 0.8}.get(gate, 1.0)
+                self.gates[gate + tail] = value * largest + (0.2 if bias else 0.0)
 
         def mask(share: float) -> Tensor | None:
             return None if self.random.random() < 0.4 else torch.rand(B, T, generator=g) < share
@@ -69,9 +173,33 @@ class Problem:
         for x in self.leaves().values():
             x.requires_grad_()
 
+    def channels(
+        self, gate: str, tail: str, shapes: dict[str, tuple[int, int]], Dv: int
+    ) -> list[tuple[int, ...]]:
+        """The channel-wise shapes in which a gate may be given for one weight, or for all of equal width."""
+        rule, tokens = self.rule, (self.B, self.H, self.T)
+        if gate in rule.bias.gates:
+            return [(*tokens, 1, Dv)] if gate in rule.bias.channelwise else []
+        if isinstance(rule.algorithm, Implicit) and gate == "lr":
+            return []
+        mine = [shapes[tail[1:]]] if tail else list(shapes.values())
+        found = []
+        if len({m[0] for m in mine}) == 1 and not (
+            gate == "forget" and rule.retention.along in ("input", "all")
+        ):
+            found.append((*tokens, mine[0][0], 1))
+        if len({m[1] for m in mine}) == 1 and not (
+            gate == "forget" and rule.retention.along in ("output", "all")
+        ):
+            found.append((*tokens, 1, mine[0][1]))
+        return found
+
     def leaves(self) -> dict[str, Tensor]:
         return (
-            {"q": self.q, "k": self.k, "v": self.v} | self.gates | {f"A0.{n}": a for n, a in self.A0.items()}
+            {"q": self.q, "k": self.k, "v": self.v}
+            | self.gates
+            | {f"A0.{n}": a for n, a in self.A0.items()}
+            | {f"outer.{n}": p for n, p in self.outer.items()}
         )
 
     @staticmethod
@@ -90,8 +218,6 @@ class Problem:
 
     def run(self, function, cuts: list[slice], **changed: Tensor):
         """Feed the stream through `recurrence` or `scan` in pieces: reads and the last state."""
-        from miras.core.rule import init_state
-
         q, k, v = (changed.get(n, getattr(self, n)) for n in ("q", "k", "v"))
         gates = {n: changed.get(n, g) for n, g in self.gates.items()}
         state, reads = init_state(self.rule, self.start()), []
@@ -103,6 +229,7 @@ class Problem:
                 {n: g[:, :, cut] for n, g in gates.items()},
                 **{n: None if m is None else m[:, cut] for n, m in self.masks.items()},
                 initial=self.start(),
+                outer=self.outer,
             )
             reads.append(y)
         return torch.cat(reads, 2), state

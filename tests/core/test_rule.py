@@ -81,7 +81,7 @@ def test_a_step_bound_is_not_negative(strength):
 
 
 def test_a_residual_memory_needs_equal_widths():
-    with pytest.raises(ValueError, match=r"must be equal; got 4 and 3\. Use MLP\(residual=False\) or equal"):
+    with pytest.raises(ValueError, match=r"got 4 and 3\. Use equal widths or MLP\(residual=False\)"):
         MLP().shapes(4, 3)
     assert MLP(depth=3, expansion=2, residual=False).shapes(4, 3) == {
         "w1": (4, 8),

@@ -2,47 +2,141 @@
 
 from abc import ABC
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 
 class Algorithm(ABC):
-    """S_t = momentum_t S_{t-1} - lr_t grad_t;  step_t = S_t."""
+    """S_t = momentum_t S_{t-1} - lr_t grad_t;  step_t = direction(S_t)."""
 
-    gates: ClassVar[tuple[str, ...]] = ("lr",)
     momentum: bool = False
     """Whether past surprise is carried; without it S_t = -lr_t grad_t and the state holds no S."""
     step_bound: float = 0.0
     """How strongly `lr` is bounded by the keys already met in the chunk; 0 for not at all."""
+    steps: int = 1
+    """Pairs of key and value, and steps, of one token."""
 
-    def all_gates(self) -> tuple[str, ...]:
+    @property
+    def gates(self) -> tuple[str, ...]:
         """Names of the gates that this choice reads."""
-        return (*self.gates, "momentum") if self.momentum else self.gates
+        return ("lr", "momentum") if self.momentum else ("lr",)
+
+    @property
+    def direct(self) -> bool:
+        """Whether the step is S itself, so that the accumulator stays linear in the gradients."""
+        return type(self).direction is Algorithm.direction
+
+    def step_size(self, lr: Tensor, k: Tensor) -> Tensor:
+        """The step from its gate (..., T) or channel-wise (..., T, 1 or d_in, 1 or d_out), keys (..., T, Dk)."""
+        return lr
+
+    def direction(self, S: Tensor) -> Tensor:
+        """The step (..., d_in, d_out) that a surprise of the same shape asks for."""
+        return S
+
+    def refusal(self, rule: Any) -> str | None:
+        """Why this algorithm has no meaning in a rule, or None."""
+        return None
 
 
 @dataclass(frozen=True)
 class GradientDescent(Algorithm):
-    """One gradient step per token, with Titans' momentum or without (Titans eq. 8 to 10 and 14).
+    """Gradient steps, with Titans' momentum or without (Titans eq. 8 to 10 and 14), `steps` of them per token.
 
     `step_bound` c > 0 multiplies a token's `lr` by prod_j max(0, 1 - c lr_j |k_j . k|) over the earlier tokens j
     of its chunk. All gradients of a chunk are taken at one point, so equal keys would otherwise add up to a step
     of chunk_size times lr and diverge; bounded, they add up to at most 1 / c. A step whose momentum is at most m
     moves the memory by lr / (1 - m) in the end: c = 1 / (1 - m), with lr <= 1 - m and keys of norm at most 1,
     keeps that at one full step (docs/stability.md). With c = 1 and no momentum, the chunked rule of a repeated
-    pair of key and value is the unchunked one. Raises ValueError for a c that is negative or no number.
+    pair of key and value is the unchunked one.
+
+    `steps` n > 1 (DeltaProduct): a token brings n pairs, k (B, H, T, n, Dk), v (B, H, T, n, Dv), lr (B, H, T, n),
+    forgets before the first and is read after the last. With chunk_size 1 each step is taken at the weights
+    that the one before it left; else all steps of the chunk at its anchor. Raises ValueError for values out of
+    range, and for momentum with several steps, which has no published meaning.
     """
 
     momentum: bool = False
     step_bound: float = 0.0
+    steps: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.step_bound, bool) or not 0 <= self.step_bound < float("inf"):
+        _check_bound("GradientDescent", self)
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:  # pyright: ignore
+            raise ValueError(f"GradientDescent: steps must be a whole number of at least 1, got {self.steps!r}")
+        if self.steps > 1 and self.momentum:
             raise ValueError(
-                f"GradientDescent: step_bound must be a number, 0 for none, 1 without momentum, 1 / (1 - m) with "
-                f"momentum of at most m; got {self.step_bound}"
+                f"GradientDescent: momentum between the {self.steps} steps of one token has no published meaning; "
+                f"use steps=1 or momentum=False"
             )
-        object.__setattr__(self, "step_bound", float(self.step_bound))
+
+
+@dataclass(frozen=True)
+class Implicit(Algorithm):
+    """The step of an implicit (proximal) update, lr / (1 + lr |k|^2) (Longhorn; Titans app. C; MIRAS 4.5).
+
+    For a matrix memory and L2 this solves min_W |W - W_{t-1}|^2 + lr |k W - v|^2 exactly, for any lr. With
+    chunk_size > 1 the steps of a chunk are taken at its anchor; `step_bound` as in GradientDescent.
+    """
+
+    step_bound: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_bound("Implicit", self)
+
+    def step_size(self, lr: Tensor, k: Tensor) -> Tensor:
+        return lr / (1 + lr * k.square().sum(-1))
+
+    def refusal(self, rule: Any) -> str | None:
+        if type(rule.memory).__name__ != "Matrix" or type(rule.bias).__name__ != "L2":
+            return "an implicit step has a closed form only for a Matrix memory with the L2 bias"
+        if not rule.retention.direct or not rule.retention.linear:
+            return "an implicit step solves for the weights themselves, which this retention maps"
+        if rule.retention.gates and not rule.retention.decayed:
+            return (
+                "an implicit step starts from the weights after forgetting: use Decay(decayed=True), or Keep() "
+                "for none"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Muon(Algorithm):
+    """Steps along the orthogonalised surprise, step_t = scale * NewtonSchulz(S_t) (ATLAS; LaCT; Muon).
+
+    X = S / |S|_F, then `iterations` times X <- a X + (b X X^T + c (X X^T)^2) X with (a, b, c) = (3.4445, -4.7750,
+    2.0315). The step's length does not depend on |S|: `lr` only weighs the tokens against each other, so there is
+    always momentum. The step at S = 0 is 0. Every S_t is formed.
+    """
+
+    iterations: int = 5
+    scale: float = 1.0
+    momentum: ClassVar[bool] = True
+    COEFFICIENTS: ClassVar[tuple[float, float, float]] = (3.4445, -4.7750, 2.0315)
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or not self.scale > 0:
+            raise ValueError(
+                f"Muon: iterations must be at least 1 and scale positive, got {self.iterations} and {self.scale}"
+            )
+
+    def direction(self, S: Tensor) -> Tensor:
+        a, b, c = self.COEFFICIENTS
+        # Scaled by the largest entry first: the square of a small one would vanish. Any factor gives the same X.
+        top = S.detach().abs().amax((-2, -1), keepdim=True)
+        X = S / torch.where(top > 0, top, 1)
+        X = X / torch.where(top > 0, X.square().sum((-2, -1), keepdim=True), 1).sqrt()
+        wide = S.shape[-2] > S.shape[-1]
+        X = X.mT if wide else X
+        for _ in range(self.iterations):
+            gram = X @ X.mT
+            X = a * X + (b * gram + c * gram @ gram) @ X
+        return self.scale * (X.mT if wide else X)
+
+    def refusal(self, rule: Any) -> str | None:
+        return "a vector has nothing to orthogonalise" if rule.memory.elementwise else None
 
 
 def bound_factors(overlap: Tensor, lr: Tensor, strength: float) -> Tensor:
@@ -50,4 +144,14 @@ def bound_factors(overlap: Tensor, lr: Tensor, strength: float) -> Tensor:
     return (1 - strength * lr[..., None, :] * overlap).clamp_min(0).prod(-1)
 
 
-ALGORITHMS = (GradientDescent,)
+def _check_bound(name: str, algorithm: Algorithm) -> None:
+    bound = algorithm.step_bound
+    if isinstance(bound, bool) or not 0 <= bound < float("inf"):
+        raise ValueError(
+            f"{name}: step_bound must be a number, 0 for none, 1 without momentum, 1 / (1 - m) with momentum of at "
+            f"most m; got {bound}"
+        )
+    object.__setattr__(algorithm, "step_bound", float(bound))
+
+
+ALGORITHMS = (GradientDescent, Implicit, Muon)

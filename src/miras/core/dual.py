@@ -228,3 +228,44 @@ class _Products(torch.autograd.Function):
         before = F.pad(table[..., :-1, :], (0, 0, 1, 0))
         before[..., 0, 0] = 1
         return (before * (table[..., 1:].mT @ g)).sum(-1)
+
+
+def accumulate(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
+    """x_t = a_t x_{t-1} + b_t for every t: a (B, H, n, d_in or 1, d_out or 1), b (B, H, n, d_in, d_out)."""
+    return _Accumulate.apply(a, b, initial)
+
+
+class _Accumulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
+        out = torch.empty_like(b)
+        x = initial
+        for now, share, new in zip(out.unbind(2), a.unbind(2), b.unbind(2), strict=True):
+            x = torch.addcmul(new, share, x, out=now)
+        ctx.save_for_backward(a, b, initial, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        a, b, initial, out = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            ctx_inputs = (a, b, initial)
+            with torch.enable_grad():
+                x, xs = initial, []
+                for share, new in zip(a.unbind(2), b.unbind(2), strict=True):
+                    x = share * x + new
+                    xs.append(x)
+                wanted = [t for t, need in zip(ctx_inputs, ctx.needs_input_grad, strict=True) if need]
+                found = iter(torch.autograd.grad(torch.stack(xs, 2), wanted, g, create_graph=True))
+            return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+        by_b = torch.empty_like(b)
+        shares, parts = a.unbind(2), list(zip(by_b.unbind(2), g.unbind(2), strict=True))
+        after = None
+        for t in reversed(range(len(parts))):
+            now, mine = parts[t]
+            after = now.copy_(mine) if after is None else torch.addcmul(mine, shares[t + 1], after, out=now)
+        before = torch.cat([initial[:, :, None], out[:, :, :-1]], 2)
+        by_a = (by_b * before).sum_to_size(a.shape)
+        assert after is not None
+        return by_a, by_b, shares[0] * after

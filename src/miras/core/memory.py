@@ -1,31 +1,75 @@
 """Axis 1, memory structure: where the linear maps are. A memory never holds or sees a weight."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.activation import gelu, layer_norm
 
-Linear = Callable[[str, Tensor], Tensor]
-"""`linear(name, x)` is x @ W[name], however the weight is held: x (..., d_in) -> (..., d_out)."""
+
+@dataclass(frozen=True)
+class Weights:
+    """What a memory asks of its weights while it is applied, however they are held.
+
+    linear(name, x): x @ W[name], (..., d_in) -> (..., d_out). scale(name, x): x * w, elementwise, for a weight of
+    shape (d, 1). outer[name]: a parameter that only the outer loop learns, (..., width), broadcast over tokens.
+    """
+
+    linear: Callable[[str, Tensor], Tensor]
+    scale: Callable[[str, Tensor], Tensor]
+    outer: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 class Memory(ABC):
     """A map from keys (..., d_key) to values (..., d_value) whose weights are learned while reading.
 
     Weights are named matrices (d_in, d_out), input side first. The first one's input is the key and the last
-    one's output the value, so widths can be read off the shapes.
+    one's output the value, so widths can be read off the shapes; else a memory says so in `widths`.
     """
+
+    elementwise: ClassVar[bool] = False
+    """Whether weights are vectors that scale, shape (d, 1), and not matrices."""
 
     @abstractmethod
     def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
         """Name and shape (d_in, d_out) of every weight."""
 
     @abstractmethod
-    def apply(self, x: Tensor, linear: Linear) -> Tensor:
+    def apply(self, x: Tensor, w: Weights) -> Tensor:
         """The memory's output at x (..., d_key), as (..., d_value)."""
+
+    def outer(self, d_key: int, d_value: int) -> dict[str, tuple[int, float]]:
+        """Width and initial value of every parameter that only the outer loop learns."""
+        return {}
+
+    def widths(self, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        """Key and value width of a memory with these weights."""
+        return next(iter(shapes.values()))[0], list(shapes.values())[-1][1]
+
+    def refusal(self, rule: Any) -> str | None:
+        """Why this memory has no meaning in a rule, or None."""
+        return None
+
+
+@dataclass(frozen=True)
+class Vector(Memory):
+    """An elementwise memory, M(x) = x * w (MIRAS 4.4 "vector"): one weight for each channel, d_key = d_value."""
+
+    elementwise: ClassVar[bool] = True
+
+    def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
+        _equal_widths("Vector", "scales its input", d_key, d_value)
+        return {"w": (d_key, 1)}
+
+    def widths(self, shapes: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+        return shapes["w"][0], shapes["w"][0]
+
+    def apply(self, x: Tensor, w: Weights) -> Tensor:
+        return w.scale("w", x)
 
 
 @dataclass(frozen=True)
@@ -35,16 +79,17 @@ class Matrix(Memory):
     def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
         return {"w": (d_key, d_value)}
 
-    def apply(self, x: Tensor, linear: Linear) -> Tensor:
-        return linear("w", x)
+    def apply(self, x: Tensor, w: Weights) -> Tensor:
+        return w.linear("w", x)
 
 
 @dataclass(frozen=True)
 class MLP(Memory):
     """A deep memory, M(x) = x + LN(gelu(... gelu(x W_1) ...) W_depth) (Titans, NeurIPS version; MIRAS 5.3).
 
-    `depth` counts weight matrices; the hidden width is `expansion` times the key width. The layer norm has no
-    affine part. `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a
+    `depth` counts weight matrices; the hidden width is `expansion` times the key width. `bias` adds a learned
+    vector b_i behind each W_i, `affine` a gain and a shift to the norm that only the outer loop learns (both as TTT
+    has them). `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a
     memory of depth 2 or more diverges on random input unless its steps are small.
     """
 
@@ -52,29 +97,80 @@ class MLP(Memory):
     expansion: int = 4
     residual: bool = True
     norm: bool = True
+    bias: bool = False
+    affine: bool = False
 
     def __post_init__(self) -> None:
         if self.depth < 1 or self.expansion < 1:
             raise ValueError(
                 f"MLP: depth and expansion must be at least 1, got depth={self.depth}, expansion={self.expansion}"
             )
+        if self.affine and not self.norm:
+            raise ValueError("MLP: affine=True is a gain and a shift of the norm, which norm=False leaves out")
 
     def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
-        if self.residual and d_key != d_value:
-            raise ValueError(
-                f"MLP: a residual memory adds its input to its output, so key and value widths must be equal; "
-                f"got {d_key} and {d_value}. Use MLP(residual=False) or equal widths"
-            )
+        if self.residual:
+            _equal_widths("MLP", "adds its input to its output", d_key, d_value)
         widths = [d_key, *[self.expansion * d_key] * (self.depth - 1), d_value]
-        return {f"w{i + 1}": (widths[i], widths[i + 1]) for i in range(self.depth)}
+        shapes: dict[str, tuple[int, int]] = {}
+        for i in range(self.depth):
+            shapes[f"w{i + 1}"] = widths[i], widths[i + 1]
+            if self.bias:
+                shapes[f"b{i + 1}"] = 1, widths[i + 1]
+        return shapes
 
-    def apply(self, x: Tensor, linear: Linear) -> Tensor:
+    def outer(self, d_key: int, d_value: int) -> dict[str, tuple[int, float]]:
+        return {"gain": (d_value, 1.0), "shift": (d_value, 0.0)} if self.affine else {}
+
+    def apply(self, x: Tensor, w: Weights) -> Tensor:
         y = x
         for i in range(1, self.depth + 1):
-            y = linear(f"w{i}", gelu(y) if i > 1 else y)
-        if self.norm:
-            y = layer_norm(y)
-        return x + y if self.residual else y
+            y = w.linear(f"w{i}", gelu(y) if i > 1 else y)
+            if self.bias:
+                y = y + w.linear(f"b{i}", x.new_ones(*x.shape[:-1], 1))
+        return _finish(self.residual, self.norm, x, y, w)
 
 
-MEMORIES = (Matrix, MLP)
+@dataclass(frozen=True)
+class GatedMLP(Memory):
+    """A gated deep memory, M(x) = x + LN((silu(x W_1) * (x W_3)) W_2) (LaCT; ATLAS "gated MLP").
+
+    The hidden width is `expansion` times the key width. `residual` and `norm` as in `MLP`.
+    """
+
+    expansion: int = 4
+    residual: bool = True
+    norm: bool = True
+
+    def __post_init__(self) -> None:
+        if self.expansion < 1:
+            raise ValueError(f"GatedMLP: expansion must be at least 1, got {self.expansion}")
+
+    def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
+        if self.residual:
+            _equal_widths("GatedMLP", "adds its input to its output", d_key, d_value)
+        hidden = self.expansion * d_key
+        return {"w1": (d_key, hidden), "w3": (d_key, hidden), "w2": (hidden, d_value)}
+
+    def apply(self, x: Tensor, w: Weights) -> Tensor:
+        y = w.linear("w2", F.silu(w.linear("w1", x)) * w.linear("w3", x))
+        return _finish(self.residual, self.norm, x, y, w)
+
+
+def _finish(residual: bool, norm: bool, x: Tensor, y: Tensor, w: Weights) -> Tensor:
+    if norm:
+        y = layer_norm(y)
+    if "gain" in w.outer:
+        y = y * w.outer["gain"] + w.outer["shift"]
+    return x + y if residual else y
+
+
+def _equal_widths(name: str, why: str, d_key: int, d_value: int) -> None:
+    if d_key != d_value:
+        raise ValueError(
+            f"{name}: a memory that {why} needs equal key and value widths, got {d_key} and {d_value}. "
+            f"Use equal widths" + ("" if name == "Vector" else f" or {name}(residual=False)")
+        )
+
+
+MEMORIES = (Matrix, MLP, GatedMLP, Vector)

@@ -1,4 +1,4 @@
-"""The same numbers as `recurrence`, chunkwise parallel: no weight is ever formed per token.
+"""The same numbers as `recurrence`, chunkwise parallel: wherever the maps allow it, no weight is formed per token.
 
 With gradients frozen at a chunk's start, token i's gradient is the rank-one x_i d_i^T in every weight, and S_t and
 A_t are linear in the gradients (papers: Titans eq. 16 to 18; the dual form of TTT, appendix A):
@@ -6,7 +6,8 @@ A_t are linear in the gradients (papers: Titans eq. 16 to 18; the dual form of T
     S_t = H[t,0] S_0 - sum_i H[t,i] lr_i x_i d_i^T          H: products of momentum
     A_t = K[t,0] A_0 + G[t,0] S_0 - sum_i G[t,i] x_i d_i^T   K: products of 1 - forget, G = K H diag(lr)
 
-so a read x A_t is masked attention over the chunk: K[t,0] x A_0 + G[t,0] x S_0 - ((x X^T) . G) D.
+so a read x A_t is masked attention over the chunk: K[t,0] x A_0 + G[t,0] x S_0 - ((x X^T) . G) D. Where a map stands
+between S and A or between A and the weights, or gates are channel-wise, the chunk's S_t and A_t are formed.
 
 Shapes: B rows, H heads, N chunks, n tokens of a chunk (or of the piece of one that this call brings), Dk, Dv widths.
 """
@@ -14,6 +15,7 @@ Shapes: B rows, H heads, N chunks, n tokens of a chunk (or of the piece of one t
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,20 +23,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.algorithm import bound_factors
-from miras.core.dual import fast_advance, fast_read, hold, products, release
+from miras.core.dual import accumulate, fast_advance, fast_read, hold, products, release
+from miras.core.memory import Weights
 from miras.core.observe import observe, observing
-from miras.core.retention import Retention
 from miras.core.rule import (
+    Inputs,
     Masks,
     Rule,
     State,
+    bias_gates,
     check,
     close_chunk,
     gate_of,
     init_state,
     norm,
     observed,
+    per_head,
     recurrence,
+    silence,
+    unrolled,
 )
 from miras.core.state import Tree, choose, ordinary
 
@@ -55,49 +62,78 @@ def scan(
     write: Tensor | None = None,
     reset: Tensor | None = None,
     initial: Tree | None = None,
+    outer: Tree | None = None,
 ) -> tuple[Tensor, State]:
     """Any number of tokens through a memory; arguments, meaning and numbers are those of `recurrence`.
 
-    The result does not depend on where a stream is cut. Activation memory grows with the square root of T. A rule
-    whose `link` is not the identity has no such form here: it runs the recurrence.
+    The result does not depend on where a stream is cut. Activation memory grows with the square root of T. A
+    retention whose `advance` is not the linear one has no chunkwise form: it runs the recurrence.
     """
-    if type(rule.retention).link is not Retention.link:
-        return recurrence(rule, state, q, k, v, gates, valid=valid, write=write, reset=reset, initial=initial)
     masks = Masks(valid, write, reset)
-    check(rule, state, q, k, v, gates, masks, initial)
-    T = q.shape[2]
-    if T == 0:
-        return v.new_zeros(v.shape), state
+    if not rule.retention.linear:
+        return recurrence(rule, state, q, k, v, gates, **masks._asdict(), initial=initial, outer=outer)
+    check(rule, state, q, k, v, gates, masks, initial, outer)
     fresh = None if initial is None else init_state(rule, initial)
+    steps = rule.algorithm.steps
+    rule, inputs, masks = unrolled(rule, (q, k, v, gates), masks)
+    run = dual if has_dual_form(rule, inputs[3]) else formed_per_token
+    y, state = chunked(run, rule, state, fresh, inputs, masks, outer or {})
+    return y[:, :, steps - 1 :: steps], state
+
+
+def has_dual_form(rule: Rule, gates: Tree) -> bool:
+    """Whether no weight need be formed per token: no map in the way, matrices, one gate per head."""
+    maps = rule.retention.direct and rule.algorithm.direct and not rule.memory.elementwise
+    names = (*rule.algorithm.gates, *rule.retention.gates)
+    return maps and all(g.dim() == 3 for n, g in gates.items() if n.split(".")[0] in names)
+
+
+def chunked(
+    run: "Run", rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, outer: Tree
+) -> tuple[Tensor, State]:
+    """Lay the tokens out on chunks of rule.chunk_size, whatever the masks and phases, and run them."""
+    T = inputs[0].shape[2]
+    if T == 0:
+        return inputs[2].new_zeros(inputs[2].shape), state
     phase = int(state.phase[0])
-    if T == 1 or (valid is None and reset is None and bool((state.phase == phase).all())):
-        return _aligned(rule, state, fresh, (q, k, v, gates), masks, phase)
-    return _ragged(rule, state, fresh, (q, k, v, gates), masks)
-
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tree]
+    if T == 1 or (masks.valid is None and masks.reset is None and bool((state.phase == phase).all())):
+        return _aligned(run, rule, state, fresh, inputs, masks, outer, phase)
+    return _ragged(run, rule, state, fresh, inputs, masks, outer)
 
 
 class Chunks(NamedTuple):
     """Chunks side by side, as `_run` takes them.
 
-    q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates {name: (B, H, N, n)}; write (B, N, n) or None for all;
-    slots (B or 1, n) the places of the n tokens in their chunk; starts, per chunk, (B,) rows that begin a
-    document there, or None; ends, per chunk, (B,) the phase after it, or True where all rows complete it.
+    q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates {name: (B, H, N, n), or channel-wise with two more axes}; outer
+    {name: (H, width)}; write (B, N, n) or None for all; slots (B or 1, n) the places of the n tokens in their chunk;
+    starts, per chunk, (B,) rows that begin a document there, or None; ends, per chunk, (B,) the phase after it, or
+    True where all rows complete it.
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     gates: Tree
+    outer: Tree
     write: Tensor | None
     slots: Tensor
     starts: list[Tensor | None]
     ends: list[Tensor | bool]
 
 
+Run = Callable[[Rule, State, State | None, Chunks, list[Tree] | None], tuple[Tensor, State]]
+"""What takes chunks through a memory one after the other: (rule, state, fresh state, chunks, trace)."""
+
+
 def _aligned(
-    rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, phase: int
+    run: Run,
+    rule: Rule,
+    state: State,
+    fresh: State | None,
+    inputs: Inputs,
+    masks: Masks,
+    outer: Tree,
+    phase: int,
 ) -> tuple[Tensor, State]:
     """All rows at one phase (or a single token): the open chunk's rest, whole chunks, the remainder."""
     q, k, v, gates = inputs
@@ -105,9 +141,8 @@ def _aligned(
     write = masks.write
     if masks.valid is not None:  # T == 1: keep the padding's numbers, whatever they are, out of every product
         write = masks.valid if write is None else masks.valid & write
-        hole = ~masks.valid[:, None, :]
-        q, k, v = (x.masked_fill(hole[..., None], 0) for x in (q, k, v))
-        gates = {n: g.masked_fill(hole, 0) for n, g in gates.items()}
+        q, k, v = (silence(x, masks.valid) for x in (q, k, v))
+        gates = {n: silence(g, masks.valid) for n, g in gates.items()}
     reads: list[Tensor] = []
     at = 0
     while at < T:
@@ -126,13 +161,14 @@ def _aligned(
         chunks = Chunks(
             *(x[:, :, cut].unflatten(2, (N, n)) for x in (q, k, v)),
             gates={name: g[:, :, cut].unflatten(2, (N, n)) for name, g in gates.items()},
+            outer=outer,
             write=None if write is None else write[:, cut].unflatten(1, (N, n)),
             slots=begin[:, None] + torch.arange(n, device=q.device),
             starts=[start] * N,
             ends=[end] * N,
         )
         seen_at = None if masks.valid is None else torch.where(masks.valid, 0, -1)
-        y, state = _groups(rule, state, fresh, chunks, observe_at=seen_at)
+        y, state = _groups(run, rule, state, fresh, chunks, observe_at=seen_at)
         reads.append(y)
         at, phase = cut.stop, 0
     y = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
@@ -159,7 +195,7 @@ def grid(phase: Tensor, valid: Tensor, reset: Tensor, chunk_size: int) -> Tensor
 
 
 def _ragged(
-    rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks
+    run: Run, rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, outer: Tree
 ) -> tuple[Tensor, State]:
     """Rows at different phases, holes and documents: one gather puts each row on its own chunk grid."""
     q, k, v, gates = inputs
@@ -178,13 +214,14 @@ def _ragged(
     there = source < T
 
     if N * C != T or not bool((source == torch.arange(N * C, device=q.device)).all()):
-        index = source[:, None, :, None]
 
-        def spread(x: Tensor) -> Tensor:  # (B, H, T, D) to (B, H, N * C, D), zeros where no token is
-            return F.pad(x, (0, 0, 0, 1)).gather(2, index.expand(B, H, N * C, x.shape[-1]))
+        def spread(x: Tensor) -> Tensor:  # (B, H, T, ...) to (B, H, N * C, ...), zeros where no token is
+            flat = x.flatten(3) if x.dim() > 3 else x[..., None]
+            index = source[:, None, :, None].expand(B, H, N * C, flat.shape[-1])
+            return F.pad(flat, (0, 0, 0, 1)).gather(2, index).view(B, H, N * C, *x.shape[3:])
 
         q, k, v = spread(q), spread(k), spread(v)
-        gates = {n: spread(g[..., None])[..., 0] for n, g in gates.items()}
+        gates = {n: spread(g) for n, g in gates.items()}
 
     def on_grid(mask: Tensor) -> Tensor:  # (B, T) to (B, N, C)
         return F.pad(mask, (0, 1)).gather(1, source).unflatten(1, (N, C))
@@ -203,18 +240,24 @@ def _ragged(
     chunks = Chunks(
         *(x.unflatten(2, (N, C)) for x in (q, k, v)),
         gates={name: g.unflatten(2, (N, C)) for name, g in gates.items()},
+        outer=outer,
         write=None if bool(write.all()) else write,
         slots=torch.arange(C, device=q.device)[None],
         starts=[starts[:, j] if anyone[j] else None for j in range(N)],
         ends=ends,
     )
-    y, state = _groups(rule, state, fresh, chunks, observe_at=place)
+    y, state = _groups(run, rule, state, fresh, chunks, observe_at=place)
     back = place.clamp_min(0)[:, None, :, None].expand(B, H, T, y.shape[-1])
     return torch.where(valid[:, None, :, None], y.gather(2, back), 0), state
 
 
 def _groups(
-    rule: Rule, state: State, fresh: State | None, chunks: Chunks, observe_at: Tensor | None = None
+    run: Run,
+    rule: Rule,
+    state: State,
+    fresh: State | None,
+    chunks: Chunks,
+    observe_at: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """All chunks in order; when their activations are large, in groups that the backward pass recomputes.
 
@@ -229,7 +272,10 @@ def _groups(
     parts = [chunks] if size == N else _parts(chunks, size)
     reads: list[Tensor] = []
     for part in parts:  # the backward pass begins with the last one: nothing is won by recomputing it
-        y, state = (_run if part is parts[-1] else _run_recomputed)(rule, state, fresh, part, trace)
+        if part is parts[-1]:
+            y, state = run(rule, state, fresh, part, trace)
+        else:
+            y, state = _run_recomputed(run, rule, state, fresh, part, trace)
         reads.append(y)
     if observation is not None and trace is not None:
         seen = {name: torch.cat([t[name] for t in trace], -1) for name in trace[0]}
@@ -266,6 +312,7 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
             k=k[i],
             v=v[i],
             gates={n: g[i] for n, g in gates.items()},
+            outer=chunks.outer,
             write=None if write is None else write[i],
             slots=chunks.slots,
             starts=chunks.starts[bounds[i] : bounds[i + 1]],
@@ -276,28 +323,36 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
 
 
 def _run_recomputed(
-    rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+    run: Run, rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """`_run` that keeps only its inputs and runs again in the backward pass: the boundary of activation memory."""
-    parts = [state.tensors(), {} if fresh is None else fresh.tensors(), chunks.gates]
+    """`run` that keeps only its inputs and runs again in the backward pass: the boundary of activation memory."""
     traces = [trace]
     names = list(state.tensors())
 
-    def again(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        values = iter(leaves)
-        mine, start, gates = ({name: next(values) for name in part} for part in parts)
-        y, end = _run(
+    def again(inputs: Tree, mine: Tree, start: Tree, gates: Tree, outer: Tree) -> tuple[Tensor, ...]:
+        y, end = run(
             rule,
             state.with_tensors(mine),
             None if fresh is None else fresh.with_tensors(start),
-            chunks._replace(q=q, k=k, v=v, gates=gates),
+            chunks._replace(**inputs, gates=gates, outer=outer),
             traces.pop() if traces else None,  # an observation sees the forward pass only
         )
         return (y, *(end.tensors()[name] for name in names))
 
-    leaves = [x for part in parts for x in part.values()]
-    y, *end = _Recompute.apply(again, *chunks[:3], *leaves)
+    inputs = {"q": chunks.q, "k": chunks.k, "v": chunks.v}
+    start = {} if fresh is None else fresh.tensors()
+    y, *end = _recomputed(again, inputs, state.tensors(), start, chunks.gates, chunks.outer)
     return y, state.with_tensors(dict(zip(names, end, strict=True)))
+
+
+def _recomputed(fn: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> tuple[Tensor, ...]:
+    """fn(*trees) of which only the inputs are kept for the backward pass."""
+
+    def again(*leaves: Tensor) -> tuple[Tensor, ...]:
+        values = iter(leaves)
+        return fn(*({name: next(values) for name in tree} for tree in trees))
+
+    return _Recompute.apply(again, *(x for tree in trees for x in tree.values()))
 
 
 class _Recompute(torch.autograd.Function):
@@ -335,10 +390,16 @@ class _Recompute(torch.autograd.Function):
         return (None, *(next(found) if need else None for need in needed))
 
 
-def _run(
-    rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+def dual(
+    rule: Rule,
+    state: State,
+    fresh: State | None,
+    chunks: Chunks,
+    trace: list[Tree] | None,
+    factors: "Factors | None" = None,
 ) -> tuple[Tensor, State]:
-    """Chunks one after the other: what depends on gates and keys alone is done for all of them at once."""
+    """Chunks one after the other in the dual form; what depends on gates and keys alone is done for all at once."""
+    factors = at_the_anchor if factors is None else factors
     if chunks.starts[0] is not None and fresh is not None:
         state = choose(chunks.starts[0], fresh, state)
     table = _coefficients(rule, state, chunks, trace is not None)
@@ -354,34 +415,176 @@ def _run(
             state, held = choose(start, fresh, state), choose(start, fresh_held, held)
         coefs = {n: c[j] for n, c in per_chunk.items()}
         gates_j = {name: g[j] for name, g in gates.items()}
-        xs, ds, loss = _factors(rule, state, k[j], v[j], gates_j, coefs)
+        xs, ds, loss = factors(rule, state, held, k[j], v[j], gates_j, chunks.outer, coefs)
 
-        def read(name: str, x: Tensor) -> Tensor:
-            return fast_read(x, xs[name], ds[name], held[name], coefs[name].first, coefs[name].table)  # noqa: B023
-
-        reads.append(rule.memory.apply(q[j], read))
+        read = partial(_read, xs, ds, held, coefs)
+        reads.append(rule.memory.apply(q[j], _weights(read, chunks.outer)))
         if trace is not None:
             lr = {n: c.lr for n, c in coefs.items()}
             write = None if chunks.write is None else chunks.write[:, j]
-            seen = observed(rule, gates_j, lr, write) | _watch(held, xs, ds, coefs) | {"loss": loss}
+            seen = observed(gates_j, lr, write) | _watch(held, xs, ds, coefs) | {"loss": loss}
             trace.append({n: x.detach() for n, x in seen.items()})
         A: Tree = {}
         for n, c in coefs.items():
             held[n], A[n] = fast_advance(xs[n], ds[n], held[n], c.carry, c.last)
-        retained = {n: r * coefs[n].K0[..., -1] for n, r in state.retained.items()}
+        retained = {n: r * coefs[n].K0[..., -1, None, None] for n, r in state.retained.items()}
         state = State(A, state.S, state.anchor, state.phase, retained, state.recent)
         if end is True:
             state = close_chunk(rule, state)
         elif isinstance(end, Tensor):
             state = _leave_open(rule, state, k[j], chunks, j, end)
-    state = replace(
-        state, S={n: release(held[n], a.shape[-2] > a.shape[-1], 2)[1] for n, a in state.A.items() if state.S}
-    )
+    if state.S:
+        S = {n: release(held[n], a.shape[-2] > a.shape[-1], 2)[1] for n, a in state.A.items()}
+        state = replace(state, S=S)
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
+
+
+def _read(xs: Tree, ds: Tree, held: Tree, coefs: "dict[str, Coefficients]", name: str, x: Tensor) -> Tensor:
+    c = coefs[name]
+    return fast_read(x, xs[name], ds[name], held[name], c.first, c.table)
 
 
 def _hold(state: State) -> Tree:
     return {n: hold(a, state.S.get(n)) for n, a in state.A.items()}
+
+
+def _weights(linear: Callable[[str, Tensor], Tensor], outer: Tree) -> Weights:
+    def scale(name: str, x: Tensor) -> Tensor:
+        raise AssertionError(f"weight {name!r} scales: such memories have their weights formed")
+
+    return Weights(linear, scale, {n: p[:, None] for n, p in outer.items()})
+
+
+def formed_per_token(
+    rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+) -> tuple[Tensor, State]:
+    """Chunks one after the other, each with its S_t and A_t formed: for any maps and channel-wise gates."""
+    if chunks.starts[0] is not None and fresh is not None:
+        state = choose(chunks.starts[0], fresh, state)
+    made = _token_gates(rule, state, chunks)
+    q, k, v = (x.unbind(2) for x in chunks[:3])
+    gates = {name: g.unbind(2) for name, g in chunks.gates.items()}
+    reads: list[Tensor] = []
+    for j in range(len(q)):
+        start, end = chunks.starts[j], chunks.ends[j]
+        if j > 0 and start is not None and fresh is not None:
+            state = choose(start, fresh, state)
+        gates_j = {name: g[j] for name, g in gates.items()}
+        mine = {name: g[j] for name, g in made.items()}
+        write = None if chunks.write is None else chunks.write[:, j]
+        kept = {n: mine[f"keep.{n}"].cumprod(2) for n in state.A} if rule.retention.decayed else None
+        xs, ds, loss = _factors(rule, state, k[j], v[j], gates_j, chunks.outer, kept)
+
+        form = partial(_form, rule, write, trace is not None)
+        y, *rest = _recomputed(form, {"q": q[j]}, xs, ds, state.A, state.S, mine, chunks.outer)
+        reads.append(y)
+        A = dict(zip(state.A, rest, strict=False))
+        S = dict(zip(state.S, rest[len(A) :], strict=False))
+        if trace is not None:
+            momentary = torch.stack([_size(rule, xs[n], ds[n]) for n in xs]).norm(dim=0)
+            seen = observed(gates_j, {n: mine[f"lr.{n}"] for n in A}, write) | {"loss": loss}
+            seen |= {"momentary": momentary, "accumulated": rest[-2], "weight": rest[-1]}
+            trace.append({n: x.detach() for n, x in seen.items()})
+        retained = {n: r * kept[n][:, :, -1] for n, r in state.retained.items()} if kept else {}
+        state = State(A, S, state.anchor, state.phase, retained if state.retained else {}, state.recent)
+        if end is True:
+            state = close_chunk(rule, state)
+        elif isinstance(end, Tensor):
+            state = _leave_open(rule, state, k[j], chunks, j, end)
+    return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
+
+
+def _form(
+    rule: Rule,
+    write: Tensor | None,
+    watched: bool,
+    q: Tree,
+    xs: Tree,
+    ds: Tree,
+    A: Tree,
+    S: Tree,
+    gates: Tree,
+    outer: Tree,
+) -> tuple[Tensor, ...]:
+    """A chunk's reads, its last A and S, and if watched |S_t| and |W_t|, from S_t and A_t of every token."""
+    last: dict[str, list[Tensor]] = {"A": [], "S": []}
+    W: Tree = {}
+    moved: Tree = {}
+    for n in A:
+        x, d = xs[n], ds[n]
+        surprise = (x * d)[..., None] if rule.memory.elementwise else x[..., None] * d[..., None, :]
+        surprise = surprise * -gates[f"lr.{n}"]
+        if rule.algorithm.momentum:
+            surprise = accumulate(gates[f"momentum.{n}"], surprise, S[n])
+            last["S"].append(surprise[:, :, -1])
+        moved[n] = surprise
+        step = rule.algorithm.direction(surprise)
+        if write is not None:
+            step = torch.where(write[:, None, :, None, None], step, 0)
+        grown = accumulate(gates[f"keep.{n}"], step, A[n])
+        last["A"].append(grown[:, :, -1])
+        W[n] = rule.retention.link(grown)
+    weights = Weights(
+        linear=lambda n, x: (x[..., None, :] @ W[n])[..., 0, :],
+        scale=lambda n, x: x * W[n][..., 0],
+        outer={n: p[:, None] for n, p in outer.items()},
+    )
+    y = rule.memory.apply(q["q"], weights)
+    seen = (norm(moved), norm(W)) if watched else ()
+    return (y, *last["A"], *last["S"], *seen)
+
+
+def _size(rule: Rule, x: Tensor, d: Tensor) -> Tensor:
+    """|grad_t| of one weight."""
+    return (x * d).norm(dim=-1) if rule.memory.elementwise else x.norm(dim=-1) * d.norm(dim=-1)
+
+
+def _token_gates(rule: Rule, state: State, chunks: Chunks) -> dict[str, tuple[Tensor, ...]]:
+    """lr, keep and momentum of every weight by chunk, (B, H, n, d_in or 1, d_out or 1); what is unwritten stays."""
+    write = None if chunks.write is None else chunks.write[:, None, ..., None, None]
+    made: dict[str, tuple[Tensor, ...]] = {}
+
+    def put(name: str, gate: Tensor, else_: float) -> None:
+        made[name] = (gate if write is None else torch.where(write, gate, else_)).unbind(2)
+
+    for n in state.A:
+        put(f"lr.{n}", _wide(_step_sizes(rule, state, chunks, n)), 0)
+        lr = gate_of(chunks.gates, "lr", n)
+        forget = (
+            gate_of(chunks.gates, "forget", n) if "forget" in rule.retention.gates else torch.zeros_like(lr)
+        )
+        put(f"keep.{n}", 1 - _wide(forget), 1)
+        if rule.algorithm.momentum:
+            put(f"momentum.{n}", _wide(gate_of(chunks.gates, "momentum", n)), 1)
+    return made
+
+
+def _wide(gate: Tensor) -> Tensor:
+    """A gate beside a weight: (B, H, N, n) gets two more axes."""
+    return gate[..., None, None] if gate.dim() == 4 else gate
+
+
+def _step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
+    """One weight's steps, (B, H, N, n) or channel-wise, after the algorithm and the step bound; 0 unwritten."""
+    algorithm = rule.algorithm
+    lr = algorithm.step_size(gate_of(chunks.gates, "lr", name), chunks.k)
+    if chunks.write is not None:
+        write = chunks.write[:, None]
+        lr = torch.where(write if lr.dim() == 4 else write[..., None, None], lr, 0)
+    strength = algorithm.step_bound
+    if not strength:
+        return lr
+
+    def factors(k: Tensor, lr: Tensor) -> tuple[Tensor]:
+        return (bound_factors((k @ k.mT).abs().tril(-1), lr, strength),)
+
+    head = lr if lr.dim() == 4 else lr.amax((-2, -1))
+    (bound,) = _Recompute.apply(factors, chunks.k, head)
+    if bool(state.phase.any()):
+        met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
+        first = bound_factors(met, state.recent[name], strength)
+        bound = torch.cat([bound[:, :, :1] * first[:, :, None], bound[:, :, 1:]], 2)
+    return lr * (bound if lr.dim() == 4 else bound[..., None, None])
 
 
 def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, phase: Tensor) -> State:
@@ -398,7 +601,8 @@ def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, pha
                 new = torch.where(write[:, None, :, None], new, old.gather(2, index))
             return old.scatter(2, index, new)
 
-        lr = {n_: gate_of(chunks.gates, "lr", n_)[:, :, j] for n_ in state.A}
+        size = rule.algorithm.step_size
+        lr = {n_: per_head(size(gate_of(chunks.gates, "lr", n_)[:, :, j], k)) for n_ in state.A}
         recent = {"key": put(state.recent["key"], k)}
         recent |= {n_: put(state.recent[n_][..., None], x[..., None])[..., 0] for n_, x in lr.items()}
     state = State(state.A, state.S, state.anchor, phase, state.retained, recent)
@@ -408,12 +612,13 @@ def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, pha
 class Coefficients(NamedTuple):
     """What one weight's update is made of, chunk by chunk, with the signs of the equations at the top of the file.
 
-    lr (..., n) the bounded step. first (..., n, 1 or 2): K0 and, with momentum, G0; table (..., n, n), -G of the
-    equations; K0 (..., n). At the chunk's last token: carry (..., 1, 1) or (..., 2, 2), [[K0, G0], [0, H0]], and last
-    (..., n, 1 or 2), -G and -H. H (..., n, n), -H of the equations, and H0 (..., n) are for an observer only.
+    lr (..., n) the bounded step, keep (..., n). first (..., n, 1 or 2): K0 and, with momentum, G0; table (..., n, n),
+    -G of the equations; K0 (..., n). At the chunk's last token: carry (..., 1, 1) or (..., 2, 2), [[K0, G0], [0, H0]],
+    and last (..., n, 1 or 2), -G and -H. H (..., n, n), -H of the equations, and H0 (..., n) are for an observer only.
     """
 
     lr: Tensor
+    keep: Tensor
     K0: Tensor
     first: Tensor
     table: Tensor
@@ -437,33 +642,19 @@ def _by_chunk(c: Coefficients) -> list[Coefficients]:
 def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dict[str, Coefficients]:
     """The coefficients of every weight, all chunks at once, from gates and keys."""
     write = None if chunks.write is None else chunks.write[:, None]
-    bounded: Callable[[Tensor, Tensor], tuple[Tensor]] | None = None
-    open_chunk = False
-    if rule.algorithm.step_bound:
-        open_chunk = bool(state.phase.any())
-        strength = rule.algorithm.step_bound
-
-        def factors(k: Tensor, lr: Tensor) -> tuple[Tensor]:
-            return (lr * bound_factors((k @ k.mT).abs().tril(-1), lr, strength),)
-
-        bounded = factors
-
+    open_chunk = rule.algorithm.step_bound > 0 and bool(state.phase.any())
     shared: dict[tuple[int, ...], Coefficients] = {}
     table: dict[str, Coefficients] = {}
     for name in state.A:
-        mine = [gate_of(chunks.gates, g, name) for g in (*rule.algorithm.all_gates(), *rule.retention.gates)]
+        mine = [gate_of(chunks.gates, g, name) for g in (*rule.algorithm.gates, *rule.retention.gates)]
         key = tuple(id(g) for g in mine)
         # Weights that share their gates share these too, but for what each may have met in an open chunk.
         if key not in shared or open_chunk:
-            lr, keep = gate_of(chunks.gates, "lr", name), 1 - gate_of(chunks.gates, "forget", name)
-            if write is not None:
-                lr, keep = torch.where(write, lr, 0), torch.where(write, keep, 1)
-            if bounded is not None:
-                (lr,) = _Recompute.apply(bounded, chunks.k, lr)
-                if open_chunk:
-                    met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
-                    first = bound_factors(met, state.recent[name], rule.algorithm.step_bound)
-                    lr = torch.cat([lr[:, :, :1] * first[:, :, None], lr[:, :, 1:]], 2)
+            lr = _step_sizes(rule, state, chunks, name)
+            keep = torch.ones_like(lr)
+            if "forget" in rule.retention.gates:
+                keep = 1 - gate_of(chunks.gates, "forget", name)
+                keep = keep if write is None else torch.where(write, keep, 1)
             K = products(keep)
             K0, steps = _first(K)
             if write is not None:
@@ -477,46 +668,91 @@ def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> di
                 first = torch.stack([K0, G0], -1)
                 end = [first[..., -1, :], torch.stack([torch.zeros_like(K0[..., -1]), H0[..., -1]], -1)]
                 last = torch.stack([G[..., -1, :], H[..., -1, :] * step[..., 0, :]], -1)
-                shared[key] = Coefficients(lr, K0, first, G, torch.stack(end, -2), last)
+                shared[key] = Coefficients(lr, keep, K0, first, G, torch.stack(end, -2), last)
                 if watched:
                     shared[key] = shared[key]._replace(H=H * step, H0=H0)
             else:
                 G = steps * step
                 first = K0[..., None]
-                shared[key] = Coefficients(lr, K0, first, G, first[..., -1:, :], G[..., -1, :, None])
+                shared[key] = Coefficients(lr, keep, K0, first, G, first[..., -1:, :], G[..., -1, :, None])
         table[name] = shared[key]
     return table
 
 
+Factors = Callable[
+    [Rule, State, Tree, Tensor, Tensor, Tree, Tree, dict[str, Coefficients]], tuple[Tree, Tree, Tensor]
+]
+"""What finds the factors x_t, d_t of a chunk's gradients, and the inner loss: (rule, state, held, k, v, gates, outer,
+coefficients)."""
+
+
+def at_the_anchor(
+    rule: Rule,
+    state: State,
+    held: Tree,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    outer: Tree,
+    coefs: dict[str, Coefficients],
+) -> tuple[Tree, Tree, Tensor]:
+    """Every token's gradient at the weights of the chunk's start: the chunkwise rule."""
+    kept = {n: c.K0[..., None, None] for n, c in coefs.items()} if rule.retention.decayed else None
+    return _factors(rule, state, k, v, gates, outer, kept)
+
+
 def _factors(
-    rule: Rule, state: State, k: Tensor, v: Tensor, gates: Tree, coefs: dict[str, Coefficients]
+    rule: Rule, state: State, k: Tensor, v: Tensor, gates: Tree, outer: Tree, kept: Tree | None
 ) -> tuple[Tree, Tree, Tensor]:
     """For every token at once, the factors of its rank-one gradients x_t d_t^T, and its inner loss.
 
-    x_t is what a linear map took in, d_t the derivative of the loss by what it gave out: one backward pass.
+    x_t is what a linear map took in, d_t the derivative of the loss by what it gave out: one backward pass. A weight
+    that scales has the gradient x_t * d_t. kept {weight: (B, H, n, d_in or 1, d_out or 1)} the products of 1 - forget
+    from the chunk's start through each token, where the gradient is taken at the decayed memory.
     """
     anchor = state.anchor
+    if kept is not None and state.retained:
+        anchor = {n: w * state.retained[n] for n, w in anchor.items()}
     # Where nothing asks for an outer gradient none is built, also outside of no_grad.
-    inputs = (*anchor.values(), *state.A.values(), k, v, *gates.values(), *(c.lr for c in coefs.values()))
+    inputs = (
+        *anchor.values(),
+        *state.A.values(),
+        k,
+        v,
+        *gates.values(),
+        *outer.values(),
+        *(kept or {}).values(),
+    )
     create = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if not create:
         anchor, v = {n: w.detach() for n, w in anchor.items()}, v.detach()
-        gates = {n: g.detach() for n, g in gates.items()}
+        gates, outer = ({n: g.detach() for n, g in tree.items()} for tree in (gates, outer))
+        kept = None if kept is None else {n: g.detach() for n, g in kept.items()}
     if not (create and k.requires_grad):
         k = k.detach().requires_grad_()
     xs: Tree = {}
     outs: Tree = {}
 
-    def linear(name: str, x: Tensor) -> Tensor:
-        y = x @ anchor[name]
-        if rule.retention.decayed:
-            y = y * (state.retained[name][..., None] * coefs[name].K0)[..., None]
-        assert name not in xs, f"a memory uses its weight {name!r} twice: give each linear map its own"
+    def keep(name: str, x: Tensor, y: Tensor) -> Tensor:
+        assert name not in xs, f"a memory uses its weight {name!r} twice: give each map its own"
+        if kept is not None and kept[name].shape[-2] == 1:
+            y = y * kept[name][..., 0, :]
+        if not y.requires_grad:  # a map of something else than k, such as a memory's inner bias
+            y = y.requires_grad_()
         xs[name], outs[name] = x, y
         return y
 
+    def seen(name: str, x: Tensor) -> Tensor:
+        by_channel = kept is not None and kept[name].shape[-2] > 1
+        return x * kept[name][..., 0] if by_channel else x  # pyright: ignore[reportOptionalSubscript]
+
+    weights = Weights(
+        linear=lambda n, x: keep(n, x, seen(n, x) @ anchor[n]),
+        scale=lambda n, x: keep(n, x, seen(n, x) * anchor[n].mT),
+        outer={n: p[:, None] for n, p in outer.items()},
+    )
     with torch.enable_grad():
-        loss = rule.bias.loss(rule.memory.apply(k, linear), v, gates)
+        loss = rule.bias.loss(rule.memory.apply(k, weights), v, bias_gates(rule, gates))
         ds = torch.autograd.grad(loss.sum(), list(outs.values()), create_graph=create)
     if not create:
         xs, loss = {n: x.detach() for n, x in xs.items()}, loss.detach()
