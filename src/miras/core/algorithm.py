@@ -1,7 +1,7 @@
 """Axis 4, memory algorithm: how the gradient of a token becomes a step of the memory."""
 
 from abc import ABC
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -65,7 +65,9 @@ class GradientDescent(Algorithm):
     def __post_init__(self) -> None:
         _check_bound("GradientDescent", self)
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:  # pyright: ignore
-            raise ValueError(f"GradientDescent: steps must be a whole number of at least 1, got {self.steps!r}")
+            raise ValueError(
+                f"GradientDescent: steps must be a whole number of at least 1, got {self.steps!r}"
+            )
         if self.steps > 1 and self.momentum:
             raise ValueError(
                 f"GradientDescent: momentum between the {self.steps} steps of one token has no published meaning; "
@@ -113,7 +115,7 @@ class Muon(Algorithm):
 
     iterations: int = 5
     scale: float = 1.0
-    momentum: ClassVar[bool] = True
+    momentum: bool = field(default=True, init=False)
     COEFFICIENTS: ClassVar[tuple[float, float, float]] = (3.4445, -4.7750, 2.0315)
 
     def __post_init__(self) -> None:

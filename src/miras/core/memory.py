@@ -106,7 +106,9 @@ class MLP(Memory):
                 f"MLP: depth and expansion must be at least 1, got depth={self.depth}, expansion={self.expansion}"
             )
         if self.affine and not self.norm:
-            raise ValueError("MLP: affine=True is a gain and a shift of the norm, which norm=False leaves out")
+            raise ValueError(
+                "MLP: affine=True is a gain and a shift of the norm, which norm=False leaves out"
+            )
 
     def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
         if self.residual:

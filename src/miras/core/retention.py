@@ -93,7 +93,7 @@ class ElasticNet(Retention):
     smooth: bool = False
 
     def __post_init__(self) -> None:
-        _set_number(self, "gamma", 0 <= self.gamma < math.inf, "at least 0")
+        _set_number(self, "gamma", 0 <= self.gamma < math.inf, "a number of at least 0")
 
     @property
     def direct(self) -> bool:
@@ -120,7 +120,7 @@ class ProximalElasticNet(Retention):
     gamma: float
 
     def __post_init__(self) -> None:
-        _set_number(self, "gamma", 0 <= self.gamma < math.inf, "at least 0")
+        _set_number(self, "gamma", 0 <= self.gamma < math.inf, "a number of at least 0")
 
     @property
     def linear(self) -> bool:
@@ -156,7 +156,7 @@ class LqNorm(Retention):
     literal: bool = False
 
     def __post_init__(self) -> None:
-        _set_number(self, "q", 1 < self.q < math.inf, "above 1")
+        _set_number(self, "q", 1 < self.q < math.inf, "a number above 1")
 
     @property
     def direct(self) -> bool:
@@ -248,8 +248,8 @@ class FDivergence(Retention):
         return _no_simplex(rule, self.axis)
 
     def _log_g(self, x: Tensor) -> Tensor:
-        # Cube roots of what the type can hold: the third derivative of the logarithm, in the second one of zeta, stays
-        # finite. x is held first: what g does beyond (an overflow, say) would reach the gradient of a bound on g.
+        # Cube roots of what the type can hold: the third derivative of the logarithm, which is in the second one of
+        # zeta, stays finite. x is held first: what g does beyond, an overflow, would reach the gradient otherwise.
         low, high = torch.finfo(x.dtype).tiny ** (1 / 3), torch.finfo(x.dtype).max ** (1 / 3)
         x = x.clamp(_point(self.inverse, low), _point(self.inverse, high))
         return self.inverse(x).clamp(low, high).log()
@@ -339,7 +339,7 @@ def _check_simplex(retention: Retention, axis: str, scale: float | None) -> None
             f"{type(retention).__name__}: axis must be one of {', '.join(map(repr, _DIMS))}, got {axis!r}"
         )
     if scale is not None:
-        _set_number(retention, "scale", 0 < scale < math.inf, "positive, or None")
+        _set_number(retention, "scale", 0 < scale < math.inf, "a positive number or None")
 
 
 def _check_callable(retention: Retention, inverse: object) -> None:
@@ -350,10 +350,10 @@ def _check_callable(retention: Retention, inverse: object) -> None:
         )
 
 
-def _set_number(retention: Retention, name: str, allowed: bool, range: str) -> None:
+def _set_number(retention: Retention, name: str, allowed: bool, what: str) -> None:
     value = getattr(retention, name)
     if isinstance(value, bool) or not allowed:
-        raise ValueError(f"{type(retention).__name__}: {name} must be a number {range}, got {value!r}")
+        raise ValueError(f"{type(retention).__name__}: {name} must be {what}, got {value!r}")
     object.__setattr__(retention, name, float(value))
 
 

@@ -613,8 +613,9 @@ class Coefficients(NamedTuple):
     """What one weight's update is made of, chunk by chunk, with the signs of the equations at the top of the file.
 
     lr (..., n) the bounded step, keep (..., n). first (..., n, 1 or 2): K0 and, with momentum, G0; table (..., n, n),
-    -G of the equations; K0 (..., n). At the chunk's last token: carry (..., 1, 1) or (..., 2, 2), [[K0, G0], [0, H0]],
-    and last (..., n, 1 or 2), -G and -H. H (..., n, n), -H of the equations, and H0 (..., n) are for an observer only.
+    -G of the equations; K0 (..., n). At the chunk's last token: carry (..., 1, 1) or (..., 2, 2), [[K0, G0],
+    [0, H0]], and last (..., n, 1 or 2), -G and -H. H (..., n, n), -H of the equations, and H0 (..., n) are for an
+    observer only.
     """
 
     lr: Tensor

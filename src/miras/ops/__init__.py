@@ -1,5 +1,32 @@
-"""Kernels: each a drop-in for one function of core, chosen here and nowhere else."""
+"""Faster ways to the numbers of core, chosen in one place."""
 
-from miras.core.scan import scan
+from torch import Tensor
+
+from miras.core.rule import Rule, State
+from miras.core.scan import scan as chunkwise
+from miras.core.state import Tree
+from miras.ops.exact import blockwise, fits
+
+
+def scan(
+    rule: Rule,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    *,
+    valid: Tensor | None = None,
+    write: Tensor | None = None,
+    reset: Tensor | None = None,
+    initial: Tree | None = None,
+    outer: Tree | None = None,
+) -> tuple[Tensor, State]:
+    """Any number of tokens through a memory: arguments and numbers of `miras.recurrence`, on its fastest way."""
+    run = blockwise if fits(rule, gates) else chunkwise
+    return run(
+        rule, state, q, k, v, gates, valid=valid, write=write, reset=reset, initial=initial, outer=outer
+    )
+
 
 __all__ = ["scan"]

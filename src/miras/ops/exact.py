@@ -1,0 +1,172 @@
+"""Exact per-token rules of a matrix memory (chunk_size = 1), block by block and not token by token.
+
+For L2 the gradients of a block solve one unit triangular system: u_t = k_t W_{t-1} - v_t, and W_{t-1} is linear in
+the u before it (DeltaNet's UT transform, here with momentum and decay in the tables of the dual form). For Dot
+nothing needs solving, u_t = -v_t, and without momentum all blocks are done at once; decay may then differ by key
+channel (GLA, HGRN2).
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from miras.core.algorithm import Algorithm, GradientDescent
+from miras.core.bias import L2, Dot
+from miras.core.dual import accumulate, products, release
+from miras.core.memory import Matrix
+from miras.core.observe import observing
+from miras.core.retention import Decay, Keep
+from miras.core.rule import Inputs, Masks, Rule, State, check, init_state, unrolled
+from miras.core.scan import Chunks, Coefficients, chunked, dual
+from miras.core.state import Tree, choose, ordinary
+
+BLOCK, CHANNEL_BLOCK = 64, 16
+"""Tokens of a block: tiles of the computation, no part of any model."""
+
+
+def fits(rule: Rule, gates: Tree) -> bool:
+    """Whether a rule with these gates has a blockwise form."""
+    linear = type(rule.retention) in (Decay, Keep) and rule.algorithm.direct
+    exact = rule.chunk_size == 1 and type(rule.memory) is Matrix and type(rule.bias) in (L2, Dot)
+    if not (linear and exact):
+        return False
+    channels = [n.split(".")[0] for n, g in gates.items() if g.dim() == 5]
+    return not channels or (
+        channels == ["forget"]
+        and all(g.shape[4] == 1 for g in gates.values() if g.dim() == 5)
+        and type(rule.bias) is Dot
+        and not rule.algorithm.momentum
+        and observing() is None
+    )
+
+
+@ordinary
+def blockwise(
+    rule: Rule,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    *,
+    valid: Tensor | None = None,
+    write: Tensor | None = None,
+    reset: Tensor | None = None,
+    initial: Tree | None = None,
+    outer: Tree | None = None,
+) -> tuple[Tensor, State]:
+    """`recurrence` for rules that `fits` accepts: the same arguments, the same numbers."""
+    masks = Masks(valid, write, reset)
+    check(rule, state, q, k, v, gates, masks, initial, outer)
+    steps = rule.algorithm.steps
+    fresh = None if initial is None else _opened(init_state(rule, initial))
+    rule, inputs, masks = unrolled(rule, (q, k, v, gates), masks)
+    channels = any(g.dim() == 5 for g in gates.values())
+    inputs = _plain(rule, inputs)
+    tile = Rule(
+        rule.memory,
+        rule.bias,
+        Decay() if rule.retention.gates else Keep(),
+        GradientDescent(momentum=rule.algorithm.momentum),
+        CHANNEL_BLOCK if channels else BLOCK,
+    )
+    at_once = type(rule.bias) is Dot and not rule.algorithm.momentum and observing() is None
+    run = _all_blocks if at_once else partial(dual, factors=partial(_solved, rule.retention.decayed))
+    y, after = chunked(run, tile, _opened(state), fresh, inputs, masks, {})
+    closed = replace(state, A=after.A, S=after.S, anchor=after.A)
+    return y[:, :, steps - 1 :: steps], closed
+
+
+def _opened(state: State) -> State:
+    """What a block needs of a state: at chunk_size 1 its chunk is always empty."""
+    return replace(state, retained={}, recent={}, phase=torch.zeros_like(state.phase))
+
+
+def _plain(rule: Rule, inputs: Inputs) -> Inputs:
+    """The algorithm's step in place of its gate."""
+    q, k, v, gates = inputs
+    if type(rule.algorithm).step_size is Algorithm.step_size:
+        return inputs
+    return q, k, v, {n: rule.algorithm.step_size(g, k) if n.startswith("lr") else g for n, g in gates.items()}
+
+
+def _solved(
+    decayed: bool,
+    rule: Rule,
+    state: State,
+    held: Tree,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    outer: Tree,
+    coefs: dict[str, Coefficients],
+) -> tuple[Tree, Tree, Tensor]:
+    """Every token's gradient at the weights that the token before it left: (x, d) of a block, and the inner loss."""
+    c = coefs["w"]
+    parts = release(held["w"], k.shape[-1] > v.shape[-1], c.first.shape[-1])
+    before = torch.zeros_like(c.first[..., :1, :])
+    before[..., 0] = 1
+    first = torch.cat([before, c.first[..., :-1, :]], -2)
+    table = torch.cat([torch.zeros_like(c.table[..., :1, :]), c.table[..., :-1, :]], -2) * (k @ k.mT)
+    if decayed:
+        first, table = first * c.keep[..., None], table * c.keep[..., None]
+    pred = torch.stack([share * (k @ W) for share, W in zip(first.split(1, -1), parts, strict=True)]).sum(0)
+    if isinstance(rule.bias, L2):
+        d = torch.linalg.solve_triangular(-table, pred - v, upper=False, unitriangular=True)
+        pred = d + v
+    else:
+        d = -v
+        pred = pred + table @ d
+    return {"w": k}, {"w": d}, rule.bias.loss(pred, v, gates)
+
+
+def _all_blocks(
+    rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+) -> tuple[Tensor, State]:
+    """Hebbian writing, blocks side by side: W_t = keep_t W_{t-1} + lr_t k_t v_t^T, keep by head or key channel."""
+    q, k, v, gates = chunks.q, chunks.k, chunks.v, chunks.gates
+    write = None if chunks.write is None else chunks.write[:, None]
+    pick = lambda name: gates.get(f"{name}.w", gates.get(name))  # noqa: E731
+    lr, forget = pick("lr"), pick("forget")
+    assert lr is not None and trace is None
+    keep = torch.ones_like(lr) if forget is None else 1 - forget
+    by_channel = keep.dim() == 6
+    if write is not None:
+        lr = torch.where(write, lr, 0)
+        keep = torch.where(write[..., None, None] if by_channel else write, keep, 1)
+    written = v * lr[..., None]
+    if by_channel:
+        table = products(keep[..., 0].mT)  # (B, H, N, Dk, n, n + 1)
+        first, inner = table[..., 0].mT, table[..., 1:]
+        met = torch.einsum("bhnid,bhndij,bhnjd->bhnij", q, inner, k)
+        last = inner[..., -1, :].mT
+    else:
+        table = products(keep)
+        first, inner = table[..., :1], table[..., 1:]
+        met = (q @ k.mT) * inner
+        last = inner[..., -1, :, None]
+    if write is not None:
+        met, last = met * write[..., None, :], last * write[..., None]
+    grown = (k * last).mT @ written  # (B, H, N, Dk, Dv), what each block adds
+    share = first[..., -1, :, None]  # (B, H, N, 1 or Dk, 1), what it keeps
+    starts = _states(state, fresh, chunks, share, grown)
+    y = met @ written + (q * first) @ torch.stack(starts[:-1], 2)
+    end = replace(state, A={"w": starts[-1]}, anchor={"w": starts[-1]})
+    return y.flatten(2, 3), end
+
+
+def _states(state: State, fresh: State | None, chunks: Chunks, share: Tensor, grown: Tensor) -> list[Tensor]:
+    """The memory before every block, and after the last."""
+    if all(s is None for s in chunks.starts):
+        return [state.A["w"], *accumulate(share, grown, state.A["w"]).unbind(2)]
+    A = state.A["w"]
+    starts: list[Tensor] = []
+    for j, (keep, new) in enumerate(zip(share.unbind(2), grown.unbind(2), strict=True)):
+        start = chunks.starts[j]
+        if start is not None and fresh is not None:
+            A = choose(start, fresh.A["w"], A)
+        starts.append(A)
+        A = keep * A + new
+    return [*starts, A]
