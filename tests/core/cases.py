@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import zlib
 
 import torch
@@ -121,7 +122,8 @@ LENGTHS = {1: 5, 3: 11, 16: 53, 64: 141}
 
 
 def name(rule: Rule) -> str:
-    return f"{rule.memory}-{rule.bias}-{rule.retention}-{rule.algorithm}-{rule.chunk_size}".replace(" ", "")
+    text = f"{rule.memory}-{rule.bias}-{rule.retention}-{rule.algorithm}-{rule.chunk_size}".replace(" ", "")
+    return re.sub(r"<[^>]*>", "f", text)  # a function's address differs from process to process
 
 
 class Problem:

@@ -37,7 +37,6 @@ def name(rule: Rule) -> str:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 8)
-    monkeypatch.setattr(module, "CHANNEL_BLOCK", 4)
 
 
 def problem_of(rule: Rule, seed: int, channels: bool = False) -> Problem:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.algorithm import Algorithm, GradientDescent
@@ -22,8 +23,8 @@ from miras.core.rule import Inputs, Masks, Rule, State, check, init_state, unrol
 from miras.core.scan import Chunks, Coefficients, chunked, dual
 from miras.core.state import Tree, choose, ordinary
 
-BLOCK, CHANNEL_BLOCK = 64, 16
-"""Tokens of a block: tiles of the computation, no part of any model."""
+BLOCK = 64
+"""Tokens of a block: a tile of the computation, no part of any model."""
 
 
 def fits(rule: Rule, gates: Tree) -> bool:
@@ -63,14 +64,13 @@ def blockwise(
     steps = rule.algorithm.steps
     fresh = None if initial is None else _opened(init_state(rule, initial))
     rule, inputs, masks = unrolled(rule, (q, k, v, gates), masks)
-    channels = any(g.dim() == 5 for g in gates.values())
     inputs = _plain(rule, inputs)
     tile = Rule(
         rule.memory,
         rule.bias,
         Decay() if rule.retention.gates else Keep(),
         GradientDescent(momentum=rule.algorithm.momentum),
-        CHANNEL_BLOCK if channels else BLOCK,
+        BLOCK,
     )
     at_once = type(rule.bias) is Dot and not rule.algorithm.momentum and observing() is None
     run = _all_blocks if at_once else partial(dual, factors=partial(_solved, rule.retention.decayed))
@@ -138,23 +138,42 @@ def _all_blocks(
         keep = torch.where(write[..., None, None] if by_channel else write, keep, 1)
     written = v * lr[..., None]
     if by_channel:
-        table = products(keep[..., 0].mT)  # (B, H, N, Dk, n, n + 1)
-        first, inner = table[..., 0].mT, table[..., 1:]
-        met = torch.einsum("bhnid,bhndij,bhnjd->bhnij", q, inner, k)
-        last = inner[..., -1, :].mT
+        y, before, after = _met_by_channel(q, k, written, keep[..., 0])
     else:
         table = products(keep)
-        first, inner = table[..., :1], table[..., 1:]
-        met = (q @ k.mT) * inner
-        last = inner[..., -1, :, None]
-    if write is not None:
-        met, last = met * write[..., None, :], last * write[..., None]
-    grown = (k * last).mT @ written  # (B, H, N, Dk, Dv), what each block adds
-    share = first[..., -1, :, None]  # (B, H, N, 1 or Dk, 1), what it keeps
+        before, after = table[..., :1], table[..., -1, 1:, None]
+        y = ((q @ k.mT) * table[..., 1:]) @ written
+    grown = (k * after).mT @ written  # (B, H, N, Dk, Dv), what each block adds
+    share = before[..., -1, :, None]  # (B, H, N, 1 or Dk, 1), what it keeps
     starts = _states(state, fresh, chunks, share, grown)
-    y = met @ written + (q * first) @ torch.stack(starts[:-1], 2)
+    y = y + (q * before) @ torch.stack(starts[:-1], 2)
     end = replace(state, A={"w": starts[-1]}, anchor={"w": starts[-1]})
     return y.flatten(2, 3), end
+
+
+def _met_by_channel(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads of a block's own tokens, and the products of keep through each token and after it, all (..., n, D).
+
+    By halves: what the second half of a segment reads of the first passes the boundary between them, so its decay is
+    a product before it times one after it, a scaled key and a scaled query. Only products of keep occur, no quotient.
+    """
+    n = q.shape[-2]
+    size = 1 << (n - 1).bit_length()
+    q, k, v = (F.pad(x, (0, 0, 0, size - n)) for x in (q, k, v))
+    before = F.pad(keep, (0, 0, 0, size - n), value=1.0)
+    after = torch.ones_like(before)
+    y = (q * k).sum(-1, keepdim=True) * v
+    half = 1
+    while half < size:
+        pair = lambda x: x.unflatten(-2, (-1, 2, half)).unbind(-3)  # noqa: B023, E731
+        (_, q2), (k1, _), (v1, _) = pair(q), pair(k), pair(v)
+        (b1, b2), (a1, a2), (y1, y2) = pair(before), pair(after), pair(y)
+        y2 = y2 + ((q2 * b2) @ (k1 * a1).mT) @ v1
+        whole = lambda x1, x2: torch.stack([x1, x2], -3).flatten(-4, -2)  # noqa: E731
+        y = whole(y1, y2)
+        before, after = whole(b1, b2 * b1[..., -1:, :]), whole(a1 * b2[..., -1:, :], a2)
+        half *= 2
+    return y[..., :n, :], before[..., :n, :], after[..., :n, :]
 
 
 def _states(state: State, fresh: State | None, chunks: Chunks, share: Tensor, grown: Tensor) -> list[Tensor]:
