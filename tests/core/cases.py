@@ -8,7 +8,7 @@ import zlib
 import torch
 from torch import Tensor
 
-from miras.core.algorithm import GradientDescent, Implicit, Muon
+from miras.core.algorithm import GradientAscent, GradientDescent, Implicit, Muon
 from miras.core.bias import L1, L2, Dot, Huber, LInf, Lp, Robust
 from miras.core.memory import MLP, GatedMLP, Matrix, Vector
 from miras.core.retention import (
@@ -86,6 +86,8 @@ AXES = (
         GradientDescent(momentum=True, step_bound=2.0),
         GradientDescent(step_bound=1.0),
         GradientDescent(steps=2),
+        GradientDescent(momentum=True, first_order=True),
+        GradientAscent(step_bound=1.0),
         Implicit(),
         Muon(scale=0.1),
         Muon(iterations=2, scale=0.1),

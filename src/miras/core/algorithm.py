@@ -17,6 +17,11 @@ class Algorithm(ABC):
     """How strongly `lr` is bounded by the keys already met in the chunk; 0 for not at all."""
     steps: int = 1
     """Pairs of key and value, and steps, of one token."""
+    first_order: bool = False
+    """Whether the outer gradient leaves out that inner gradients depend on the weights they are taken at."""
+
+    channelwise: ClassVar[bool] = True
+    """Whether `lr` may differ by channel."""
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -56,11 +61,15 @@ class GradientDescent(Algorithm):
     forgets before the first and is read after the last. With chunk_size 1 each step is taken at the weights
     that the one before it left; else all steps of the chunk at its anchor. Raises ValueError for values out of
     range, and for momentum with several steps, which has no published meaning.
+
+    `first_order` is a control: values stay, but the outer gradient treats the weights that inner gradients are taken
+    at as constants.
     """
 
     momentum: bool = False
     step_bound: float = 0.0
     steps: int = 1
+    first_order: bool = False
 
     def __post_init__(self) -> None:
         _check_bound("GradientDescent", self)
@@ -76,6 +85,14 @@ class GradientDescent(Algorithm):
 
 
 @dataclass(frozen=True)
+class GradientAscent(GradientDescent):
+    """Steps up the inner loss: a control, for a memory that should not work and may (arXiv 2602.21204)."""
+
+    def step_size(self, lr: Tensor, k: Tensor) -> Tensor:
+        return -lr
+
+
+@dataclass(frozen=True)
 class Implicit(Algorithm):
     """The step of an implicit (proximal) update, lr / (1 + lr |k|^2) (Longhorn; Titans app. C; MIRAS 4.5).
 
@@ -84,6 +101,7 @@ class Implicit(Algorithm):
     """
 
     step_bound: float = 0.0
+    channelwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_bound("Implicit", self)
@@ -142,8 +160,8 @@ class Muon(Algorithm):
 
 
 def bound_factors(overlap: Tensor, lr: Tensor, strength: float) -> Tensor:
-    """prod_j max(0, 1 - strength lr_j overlap_tj): overlap (..., T, J), lr (..., J) -> (..., T)."""
-    return (1 - strength * lr[..., None, :] * overlap).clamp_min(0).prod(-1)
+    """prod_j max(0, 1 - strength |lr_j| overlap_tj): overlap (..., T, J), lr (..., J) -> (..., T)."""
+    return (1 - strength * lr.abs()[..., None, :] * overlap).clamp_min(0).prod(-1)
 
 
 def _check_bound(name: str, algorithm: Algorithm) -> None:
@@ -156,4 +174,4 @@ def _check_bound(name: str, algorithm: Algorithm) -> None:
     object.__setattr__(algorithm, "step_bound", float(bound))
 
 
-ALGORITHMS = (GradientDescent, Implicit, Muon)
+ALGORITHMS = (GradientDescent, GradientAscent, Implicit, Muon)

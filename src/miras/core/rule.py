@@ -176,9 +176,9 @@ def bias_gates(rule: Rule, gates: Tree) -> Tree:
     return {n: gates[n].squeeze(-2) if gates[n].dim() == 5 else gates[n] for n in rule.bias.gates}
 
 
-def per_head(gate: Tensor) -> Tensor:
-    """The largest value over the channels of a gate (B, H, T) or (B, H, T, d_in or 1, d_out or 1)."""
-    return gate.amax((-2, -1)) if gate.dim() == 5 else gate
+def per_head(lr: Tensor) -> Tensor:
+    """The largest size over the channels of a step (B, H, T) or (B, H, T, d_in or 1, d_out or 1)."""
+    return lr.abs().amax((-2, -1)) if lr.dim() == 5 else lr.abs()
 
 
 def check(
@@ -272,8 +272,8 @@ def _check_gates(
             mine = [weights[weight]] if weight else list(weights.values())
             allowed = [(mine[0][0], 1)] * (len({m[0] for m in mine}) == 1)
             allowed += [(1, mine[0][1])] * (len({m[1] for m in mine}) == 1)
-            if base == "lr" and type(rule.algorithm).step_size is not Algorithm.step_size:
-                allowed = []  # a step that depends on the whole key is one number
+            if base == "lr" and not rule.algorithm.channelwise:
+                allowed = []
             varies = "input" if gate.dim() == 5 and gate.shape[3] > 1 else "output"
             if base == "forget" and gate.dim() == 5 and rule.retention.along in (varies, "all"):
                 raise ValueError(
@@ -408,7 +408,8 @@ def _token(
     inputs = (*state.anchor.values(), *scaled.values(), k, v, *gates.values(), *(outer or {}).values())
     create = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with torch.enable_grad():
-        W = {n: w * scaled[n] if scaled else w for n, w in state.anchor.items()}
+        anchor = {n: w.detach() for n, w in state.anchor.items()} if algorithm.first_order else state.anchor
+        W = {n: w * scaled[n] if scaled else w for n, w in anchor.items()}
         W = {n: w if w.requires_grad and create else w.detach().requires_grad_() for n, w in W.items()}
         loss = rule.bias.loss(rule.memory.apply(k, formed(W, outer)), v, bias_gates(rule, gates))
         parts = torch.autograd.grad(loss.sum(), list(W.values()), create_graph=create)

@@ -578,7 +578,7 @@ def _step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
     def factors(k: Tensor, lr: Tensor) -> tuple[Tensor]:
         return (bound_factors((k @ k.mT).abs().tril(-1), lr, strength),)
 
-    head = lr if lr.dim() == 4 else lr.amax((-2, -1))
+    head = lr.abs() if lr.dim() == 4 else lr.abs().amax((-2, -1))
     (bound,) = _Recompute.apply(factors, chunks.k, head)
     if bool(state.phase.any()):
         met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
@@ -712,6 +712,8 @@ def _factors(
     from the chunk's start through each token, where the gradient is taken at the decayed memory.
     """
     anchor = state.anchor
+    if rule.algorithm.first_order:
+        anchor = {n: w.detach() for n, w in anchor.items()}
     if kept is not None and state.retained:
         anchor = {n: w * state.retained[n] for n, w in anchor.items()}
     # Where nothing asks for an outer gradient none is built, also outside of no_grad.

@@ -29,7 +29,9 @@ BLOCK = 64
 
 def fits(rule: Rule, gates: Tree) -> bool:
     """Whether a rule with these gates has a blockwise form."""
-    linear = type(rule.retention) in (Decay, Keep) and rule.algorithm.direct
+    linear = (
+        type(rule.retention) in (Decay, Keep) and rule.algorithm.direct and not rule.algorithm.first_order
+    )
     exact = rule.chunk_size == 1 and type(rule.memory) is Matrix and type(rule.bias) in (L2, Dot)
     if not (linear and exact):
         return False
