@@ -90,8 +90,13 @@ def attention(
     keys, values = torch.cat([window.k, k], 2), torch.cat([window.v, v], 2)
     places = torch.cat([window.position, position], 1)
 
-    scores = _banded if size is not None and T > size else _dense
-    y = scores(q, keys, values, position, start, places, size, free)
+    # A stream's first call without holes, documents or persistent tokens needs no mask of T x T.
+    plain = free is None and length is None and reset is None and keys.shape[2] == T
+    if plain and (size is None or T <= size):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    else:
+        scores = _banded if size is not None and T > size else _dense
+        y = scores(q, keys, values, position, start, places, size, free)
 
     moved = torch.full_like(window.next, T) if length is None else length
     if size is None:
