@@ -6,15 +6,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "miras.core.memory": ("Memory", "Matrix", "MLP"),
-    "miras.core.bias": ("Bias", "L2", "Dot"),
-    "miras.core.retention": ("Retention", "Decay"),
-    "miras.core.algorithm": ("Algorithm", "GradientDescent"),
+    "miras.core.memory": ("Memory", "Matrix", "MLP", "GatedMLP", "Vector"),
+    "miras.core.bias": ("Bias", "L2", "Dot", "L1", "Lp", "LInf", "Huber", "Robust"),
+    "miras.core.retention": (
+        "Retention",
+        "Keep",
+        "Decay",
+        "ElasticNet",
+        "ProximalElasticNet",
+        "LqNorm",
+        "Simplex",
+        "FDivergence",
+        "Bregman",
+        "Sigmoid",
+    ),
+    "miras.core.algorithm": ("Algorithm", "GradientDescent", "GradientAscent", "Implicit", "Muon"),
     "miras.core.rule": ("Rule", "State", "init_state", "recurrence"),
     "miras.core.observe": ("observe",),
     "miras.ops": ("scan",),
     "miras.nn.gates": ("Gate",),
-    "miras.nn.memory": ("MemoryLayer",),
+    "miras.nn.memory": ("MemoryLayer", "Features"),
     "miras.nn.attention": ("AttentionLayer",),
     "miras.nn.titans": ("MemoryAsGate",),
     "miras.nn.config": ("ModelConfig",),
@@ -26,16 +37,34 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from miras.core.algorithm import Algorithm as Algorithm
+    from miras.core.algorithm import GradientAscent as GradientAscent
     from miras.core.algorithm import GradientDescent as GradientDescent
+    from miras.core.algorithm import Implicit as Implicit
+    from miras.core.algorithm import Muon as Muon
+    from miras.core.bias import L1 as L1
     from miras.core.bias import L2 as L2
     from miras.core.bias import Bias as Bias
     from miras.core.bias import Dot as Dot
+    from miras.core.bias import Huber as Huber
+    from miras.core.bias import LInf as LInf
+    from miras.core.bias import Lp as Lp
+    from miras.core.bias import Robust as Robust
     from miras.core.memory import MLP as MLP
+    from miras.core.memory import GatedMLP as GatedMLP
     from miras.core.memory import Matrix as Matrix
     from miras.core.memory import Memory as Memory
+    from miras.core.memory import Vector as Vector
     from miras.core.observe import observe as observe
+    from miras.core.retention import Bregman as Bregman
     from miras.core.retention import Decay as Decay
+    from miras.core.retention import ElasticNet as ElasticNet
+    from miras.core.retention import FDivergence as FDivergence
+    from miras.core.retention import Keep as Keep
+    from miras.core.retention import LqNorm as LqNorm
+    from miras.core.retention import ProximalElasticNet as ProximalElasticNet
     from miras.core.retention import Retention as Retention
+    from miras.core.retention import Sigmoid as Sigmoid
+    from miras.core.retention import Simplex as Simplex
     from miras.core.rule import Rule as Rule
     from miras.core.rule import State as State
     from miras.core.rule import init_state as init_state
@@ -45,6 +74,7 @@ if TYPE_CHECKING:
     from miras.nn.gates import Gate as Gate
     from miras.nn.lm import LM as LM
     from miras.nn.lm import LMState as LMState
+    from miras.nn.memory import Features as Features
     from miras.nn.memory import MemoryLayer as MemoryLayer
     from miras.nn.titans import MemoryAsGate as MemoryAsGate
     from miras.ops import scan as scan

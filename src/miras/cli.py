@@ -53,6 +53,16 @@ def info(arguments: list[str]) -> int:
     return commands.info(options)
 
 
+def show(arguments: list[str]) -> int:
+    """Show the presets as points of the design space."""
+    from miras.options import ListOptions
+
+    options = parse(ListOptions, "list", arguments)
+    from miras import commands
+
+    return commands.show(options)
+
+
 def evaluate(arguments: list[str]) -> int:
     """Measure bits per byte along a stream, learning, frozen and reset."""
     from miras.options import EvalOptions
@@ -89,6 +99,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": generate,
     "stream": stream,
     "info": info,
+    "list": show,
     "demo": demo,
 }
 

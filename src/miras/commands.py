@@ -1,4 +1,4 @@
-"""The commands `info`, `eval`, `generate` and `stream`: options in, text out."""
+"""The commands `info`, `list`, `eval`, `generate` and `stream`: options in, text out."""
 
 import dataclasses
 import json
@@ -22,14 +22,14 @@ from rich.table import Table
 from miras.data.novel import load_novel
 from miras.data.text import OPEN
 from miras.data.tokens import WORD_END, ByteTokenizer, Tokenizer, load_tokenizer, prepare
-from miras.evaluate.describe import describe
+from miras.evaluate.describe import describe, design_space, features
 from miras.evaluate.stream import Curve, stream_curve
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, model_hash, read_config, write_atomically
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
 from miras.nn.threads import set_threads
-from miras.options import EvalOptions, GenerateOptions, InfoOptions, StreamOptions
+from miras.options import EvalOptions, GenerateOptions, InfoOptions, ListOptions, StreamOptions
 from miras.presets import override, preset, presets
 from miras.stream.files import load_state, save_state
 from miras.stream.generate import generate as generation
@@ -42,9 +42,9 @@ BLOCK = 1 << 16
 def info(options: InfoOptions) -> int:
     """Print what a model is."""
     sizes = dataclasses.asdict(options)
-    name, as_json = sizes.pop("model"), sizes.pop("json")
+    name, as_json, trusted = (sizes.pop(n) for n in ("model", "json", "trust_remote_code"))
     given = {field: value for field, value in sizes.items() if value is not None}
-    config = override(_config(name), **given)
+    config = override(_config(name, trusted), **given)
     found = describe(config)
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False, default=str))
@@ -63,9 +63,8 @@ def info(options: InfoOptions) -> int:
         table = Table("axis", "choice", "meaning", box=None, pad_edge=False)
         for axis, part in found["memory"].items():
             table.add_row(axis, part["choice"], part["meaning"])
-        console.print(
-            "\n[bold]the memory[/]", table, "\n[bold]per head[/]", *found["equations"], sep="\n", markup=True
-        )
+        console.print("\n[bold]the memory[/]", table, "\n[bold]per head[/]", sep="\n", markup=True)
+        console.print(*found["equations"], features(config), sep="\n", markup=False)
         table = Table("gate", "made as", "b at first", "at most", "one per", box=None, pad_edge=False)
         for gate, made in found["gates"].items():
             most = "no bound" if made["largest"] is None else f"{made['largest']:g}"
@@ -79,11 +78,27 @@ def info(options: InfoOptions) -> int:
     return 0
 
 
+def show(options: ListOptions) -> int:
+    """Print the presets as a table."""
+    rows = design_space()
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*("" if value is None else str(value) for value in row.values()))
+    console = Console(highlight=False)
+    if not console.is_terminal:  # a file or a pipe has no width to fold the columns to
+        console = Console(highlight=False, width=400)
+    console.print(table)
+    return 0
+
+
 def evaluate(options: EvalOptions) -> int:
     """Print bits per byte of a stream under each condition."""
     set_threads(options.threads)
-    model, tokenizer = open_model(options.model)
-    twin = None if options.twin is None else open_model(options.twin)
+    model, tokenizer = open_model(options.model, options.trust_remote_code)
+    twin = None if options.twin is None else open_model(options.twin, options.trust_remote_code)
     if twin is not None and twin[1].fingerprint != tokenizer.fingerprint:
         raise ValueError(f"{options.twin} has another tokenizer than {options.model}: their tokens differ")
     if options.tokens is not None and options.tokens < 2:
@@ -139,7 +154,7 @@ def evaluate(options: EvalOptions) -> int:
 def generate(options: GenerateOptions) -> int:
     """Print a continuation as it is made."""
     set_threads(options.threads)
-    model, tokenizer = open_model(options.model)
+    model, tokenizer = open_model(options.model, options.trust_remote_code)
     state = _loaded(options.load_state, model)
     prompt = tokenizer.encode(options.prompt)
     spelling = Spelling(tokenizer.decode)
@@ -168,7 +183,7 @@ def generate(options: GenerateOptions) -> int:
 def stream(options: StreamOptions) -> int:
     """Read a text of any length and print its bits per byte."""
     set_threads(options.threads)
-    model, tokenizer = open_model(options.model)
+    model, tokenizer = open_model(options.model, options.trust_remote_code)
     state = _loaded(options.load_state, model)
     before = 0 if state is None else int(state.tokens[0])
     mask: Mask | None = None if options.write else never
@@ -202,9 +217,9 @@ def stream(options: StreamOptions) -> int:
     return 0
 
 
-def open_model(folder: Path) -> tuple[LM, Tokenizer]:
+def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[LM, Tokenizer]:
     """A folder's model, and its `tokenizer.json` or else bytes. Raises ValueError when they do not fit."""
-    model = load_model(folder)
+    model = load_model(folder, trust_remote_code=trust_remote_code)
     file = folder / "tokenizer.json"
     tokenizer = load_tokenizer(file if file.is_file() else None)
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -215,12 +230,12 @@ def open_model(folder: Path) -> tuple[LM, Tokenizer]:
     return model, tokenizer
 
 
-def _config(name: str) -> ModelConfig:
+def _config(name: str, trusted: bool) -> ModelConfig:
     if name in presets() or not (Path(name) / "config.json").is_file():
         if Path(name).exists() and name not in presets():
             raise FileNotFoundError(f"{name} is not a model: config.json is missing in it")
         return preset(name)
-    return read_config(name)
+    return read_config(name, trust_remote_code=trusted)
 
 
 def _loaded(path: Path | None, model: LM) -> LMState | None:

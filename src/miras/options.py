@@ -33,6 +33,16 @@ class InfoOptions:
     """Mixers of the layers, repeated: attention, memory, mag."""
     json: bool = False
     """Print JSON instead of text."""
+    trust_remote_code: bool = False
+    """Import and run the classes and functions outside miras that the model's config names."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """Show every preset as a point of the design space: memory, bias, retention, algorithm, chunk and gates."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +71,8 @@ class EvalOptions:
     """Tokens read at once: costs memory, changes no number."""
     threads: int = 0
     """Torch threads; 0 leaves torch's choice."""
+    trust_remote_code: bool = False
+    """Import and run the classes and functions outside miras that the model's config names."""
     json: Path | None = None
     """File to write the curves to."""
 
@@ -82,6 +94,8 @@ class GenerateOptions:
     seed: int = 0
     threads: int = 0
     """Torch threads; 0 leaves torch's choice."""
+    trust_remote_code: bool = False
+    """Import and run the classes and functions outside miras that the model's config names."""
     load_state: Path | None = None
     """Go on from this saved state."""
     save_state: Path | None = None
@@ -106,3 +120,5 @@ class StreamOptions:
     """Whether the memories learn."""
     threads: int = 0
     """Torch threads; 0 leaves torch's choice."""
+    trust_remote_code: bool = False
+    """Import and run the classes and functions outside miras that the model's config names."""

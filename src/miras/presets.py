@@ -1,4 +1,21 @@
-"""Named models: each a point of the design space and its own parameterisation. Data, no logic."""
+"""Named models: each a point of the design space and its own parameterisation. Data, no logic.
+
+An ablation is one override:
+
+    no momentum               algorithm=GradientDescent(step_bound=1.0)
+    no forgetting             retention=Keep()
+    no convolution            conv_size=0
+    no persistent tokens      num_persistent=0
+    linear memory             memory=Matrix()
+    input-independent gates   gates={"forget": Gate(bias=-5.0, source="constant")}, and so for each
+    first-order outer loop    algorithm=GradientDescent(momentum=True, step_bound=10.0, first_order=True)
+    steps uphill              algorithm=GradientAscent(momentum=True, step_bound=10.0)
+    q in place of k           features=Features(keys="query")
+    last layer only           gates=LAST_LAYER
+
+The last three are the sceptics' (arXiv 2602.21204): a model that is as good with them does not use what its memory is
+said to do.
+"""
 
 import dataclasses
 import difflib
@@ -6,12 +23,15 @@ from typing import Any
 
 import torch
 
-from miras.core.algorithm import GradientDescent
-from miras.core.memory import MLP
+from miras.core.algorithm import GradientDescent, Implicit
+from miras.core.bias import Dot, Huber, Lp
+from miras.core.memory import MLP, Matrix
+from miras.core.retention import Decay, Keep, LqNorm, Simplex
 from miras.core.rule import Rule
-from miras.nn.config import ModelConfig
-from miras.nn.gates import Gate
+from miras.nn.config import AXES, ModelConfig
+from miras.nn.gates import ALWAYS, NEVER, Gate
 from miras.nn.lm import LM
+from miras.nn.memory import Features
 
 TITANS = {
     "rule": Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
@@ -23,12 +43,167 @@ TITANS = {
 }
 """Titans' memory: deep, momentum, forgetting, a gate for each of its weights (NeurIPS version, 3 and App. B.3)."""
 
+
+def _by_channel(scale: float) -> dict[str, Gate]:
+    """Gates of Moneta, Yaad and Memora: one value for each output channel of each weight, of rank 32 (MIRAS 5.3).
+
+    A memory that forgets and is normalised must not step far: its gradient grows as its weights shrink.
+    """
+    return {
+        "lr": Gate(scale=scale, per_weight=True, channels="output"),
+        "forget": Gate(bias=-5.0, per_weight=True, channels="output"),
+    }
+
+
+LAST_LAYER = {f"{name}.w1": NEVER for name in ("lr", "momentum", "forget")}
+"""Gates of a two-layer memory with momentum that leave its first weight as it begins: only the last one learns."""
+
+PLAIN = Features(activation="identity", values="identity", normalize=False)
+"""Queries, keys and values as they are projected."""
+
+SILU = Features(normalize=False)
+"""SiLU behind the convolutions, no norm."""
+
+DT = Gate("softplus", bias=-6.9, spread=4.65)
+"""Mamba's time step, between 0.001 and 0.1 at first (Mamba 3.6)."""
+
+DECAY = Gate("decay", bias=-6.9, spread=4.65)
+"""1 - exp(-A dt), with a learned A between 1 and 16 and a dt of its own as Mamba's (Gated DeltaNet 3.4)."""
+
 PRESETS: dict[str, dict[str, Any]] = {
     "transformer": {"pattern": ("attention",)},
+    "linear-attention": {
+        "rule": Rule(Matrix(), Dot(), Keep(), chunk_size=1),
+        "gates": {"lr": ALWAYS},
+        "features": Features(activation="elu1", values="identity", normalize=False),
+        "conv_size": 0,
+        "initial_scale": 0.0,
+    },
+    "retnet": {
+        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        "gates": {"lr": ALWAYS, "forget": Gate("exp2", bias=-5.0, step=-1.0, source="fixed")},
+        "features": dataclasses.replace(PLAIN, scaled=True, rotary=True),
+        "conv_size": 0,
+        "initial_scale": 0.0,
+    },
+    "mamba2": {
+        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        "gates": {"lr": DT, "forget": Gate("decay", follows="lr")},
+        "features": SILU,
+        "initial_scale": 0.0,
+    },
+    "gla": {
+        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        "gates": {"lr": ALWAYS, "forget": Gate("root_sigmoid", channels="input", rank=16)},
+        "features": dataclasses.replace(PLAIN, scaled=True),
+        "conv_size": 0,
+        "initial_scale": 0.0,
+    },
+    "hgrn2": {
+        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        "gates": {"lr": ALWAYS, "forget": Gate(bias=-3.0, channels="input", rank=0)},
+        "features": Features(values="identity", normalize=False, keys="forget"),
+        "conv_size": 0,
+        "initial_scale": 0.0,
+    },
+    "mlstm": {
+        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        "gates": {"lr": Gate("exp"), "forget": Gate(bias=-6.0, spread=3.0)},
+        "features": Features(values="identity", normalize=False, scaled=True, normalizer=True),
+        "initial_scale": 0.0,
+    },
+    "deltanet": {
+        "rule": Rule(Matrix(), retention=Keep(), chunk_size=1),
+        "gates": {"lr": Gate()},
+        "initial_scale": 0.0,
+    },
+    "gated-deltanet": {
+        "rule": Rule(Matrix(), retention=Decay(decayed=True), chunk_size=1),
+        "gates": {"lr": Gate(), "forget": DECAY},
+        "initial_scale": 0.0,
+    },
+    "deltaproduct": {
+        "rule": Rule(
+            Matrix(), retention=Decay(decayed=True), algorithm=GradientDescent(steps=2), chunk_size=1
+        ),
+        "gates": {"lr": Gate(scale=2.0), "forget": DECAY},
+        "initial_scale": 0.0,
+    },
+    "longhorn": {
+        "rule": Rule(Matrix(), retention=Keep(), algorithm=Implicit(), chunk_size=1),
+        "gates": {"lr": Gate()},
+        "features": SILU,
+        "initial_scale": 0.0,
+    },
+    "ttt-linear": {
+        "rule": Rule(
+            MLP(depth=1, bias=True, affine=True),
+            retention=Keep(),
+            algorithm=GradientDescent(step_bound=1.0),
+            chunk_size=16,
+        ),
+        "gates": {"lr": Gate()},
+        "features": Features(activation="identity", values="identity"),
+    },
+    "ttt-mlp": {
+        "rule": Rule(
+            MLP(bias=True, affine=True),
+            retention=Keep(),
+            algorithm=GradientDescent(step_bound=1.0),
+            chunk_size=16,
+        ),
+        "gates": {"lr": Gate(scale=0.1)},
+        "features": Features(activation="identity", values="identity"),
+    },
+    "titans-linear": {
+        "pattern": ("memory",),
+        "rule": Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
+        "gates": TITANS["gates"],
+    },
     "titans-lmm": {"pattern": ("memory",), **TITANS},
     "titans-mag": {"pattern": ("mag",), "window_size": 2048, "num_persistent": 128, **TITANS},
     "swa-lmm": {"pattern": ("attention", "memory"), "window_size": 2048, "num_persistent": 128, **TITANS},
+    "moneta": {
+        "rule": Rule(MLP(), Lp(3.0, clip=1.0), LqNorm(4.0), GradientDescent(step_bound=1.0), chunk_size=16),
+        "gates": _by_channel(0.05),
+        "initial_scale": 2.0,
+    },
+    "yaad": {
+        "rule": Rule(MLP(), Huber(), Decay(), GradientDescent(step_bound=1.0), chunk_size=16),
+        "gates": _by_channel(0.1) | {"delta": Gate("softplus", bias=0.5413)},
+    },
+    "memora": {
+        "rule": Rule(
+            MLP(), retention=Simplex("input"), algorithm=GradientDescent(step_bound=1.0), chunk_size=16
+        ),
+        "gates": _by_channel(0.25),
+        "initial_scale": 3.0,
+    },
 }
+
+SOURCES: dict[str, str] = {
+    "transformer": "Transformer++ (LLaMA)",
+    "linear-attention": "Katharopoulos et al. 2020",
+    "retnet": "Sun et al. 2023",
+    "mamba2": "Dao and Gu 2024",
+    "gla": "Yang et al. 2023",
+    "hgrn2": "Qin et al. 2024",
+    "mlstm": "Beck et al. 2024",
+    "deltanet": "Yang et al. 2024a",
+    "gated-deltanet": "Yang et al. 2024b",
+    "deltaproduct": "Siems et al. 2025",
+    "longhorn": "Liu et al. 2024",
+    "ttt-linear": "Sun et al. 2024",
+    "ttt-mlp": "Sun et al. 2024",
+    "titans-linear": "Titans, eq. 32",
+    "titans-lmm": "Titans, 3.1",
+    "titans-mag": "Titans, 4.2",
+    "swa-lmm": "Titans, 4.3 reversed",
+    "moneta": "MIRAS, eq. 24",
+    "yaad": "MIRAS, eq. 26",
+    "memora": "MIRAS, eq. 27",
+}
+"""Where each preset comes from."""
 
 
 def presets() -> tuple[str, ...]:
@@ -39,8 +214,8 @@ def presets() -> tuple[str, ...]:
 def preset(name: str, **overrides: Any) -> ModelConfig:
     """A preset's config with some fields changed.
 
-    Overrides are fields of `ModelConfig`; `chunk_size` changes the rule's, and `gates` those it names. Raises
-    ValueError for an unknown name, with the nearest known one.
+    Overrides are fields of `ModelConfig`; `memory`, `bias`, `retention`, `algorithm` and `chunk_size` change those
+    of the rule, and `gates` those it names. Raises ValueError for an unknown name, with the nearest known one.
     """
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
@@ -49,17 +224,20 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
 
 def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
     """The config with some fields changed, as `preset` takes them."""
-    known = [f.name for f in dataclasses.fields(ModelConfig)]
+    parts = (*AXES, "chunk_size")
+    known = [*(f.name for f in dataclasses.fields(ModelConfig)), *parts]
     for field in overrides:
-        if field not in (*known, "chunk_size"):
-            raise ValueError(
-                f"unknown field {field!r}{_nearest(field, known)}; known are {', '.join(known)}, chunk_size"
-            )
+        if field not in known:
+            raise ValueError(f"unknown field {field!r}{_nearest(field, known)}; known are {', '.join(known)}")
     values = dict(overrides)
     rule = values.get("rule", config.rule)
-    if "chunk_size" in values:
-        rule = dataclasses.replace(rule, chunk_size=values.pop("chunk_size"))
-    own = {n: g for n, g in config.gates.items() if n in rule.gates()}
+    rule = dataclasses.replace(rule, **{part: values.pop(part) for part in parts if part in values})
+    weights = ("", *rule.memory.shapes(2, 2))
+    own = {
+        n: g
+        for n, g in config.gates.items()
+        if n.partition(".")[0] in rule.gates() and n.partition(".")[2] in weights
+    }
     values |= {"rule": rule, "gates": own | values.get("gates", {})}
     if "pattern" in values:
         values["pattern"] = tuple(values["pattern"])

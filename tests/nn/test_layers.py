@@ -13,7 +13,7 @@ from miras.core.retention import Decay
 from miras.core.rule import Rule
 from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
-from miras.nn.gates import LINKS, Gate, Gates, hard
+from miras.nn.gates import BOUNDED, LINKS, Gate, Gates, hard
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryLayer, MemoryReader
 from miras.nn.titans import MemoryAsGate
@@ -136,7 +136,7 @@ def test_key_and_value_widths():
         "k": (2, 3, 10),
         "v": (2, 3, 6),
     }
-    with pytest.raises(ValueError, match="equal; got 5 and 3"):
+    with pytest.raises(ValueError, match="needs equal key and value widths, got 5 and 3"):
         MemoryLayer(HIDDEN, HEADS, RULE, head_dim=5, value_dim=3)
 
 
@@ -162,15 +162,19 @@ def test_the_convolution_reaches_back_its_taps():
 
 @pytest.mark.parametrize("link", LINKS)
 def test_links_reach_their_ends_with_finite_gradients(link):
-    x = torch.tensor([-200.0, -30.0, -3.1, 0.0, 3.1, 30.0, 200.0], requires_grad=True)
+    far = 100.0 if link == "exp2" else 200.0
+    x = torch.tensor([-far, -30.0, -3.1, 0.0, 3.1, 30.0, far], requires_grad=True)
     y = LINKS[link](x)
     (slope,) = torch.autograd.grad(y.sum(), x)
     assert y.isfinite().all() and slope.isfinite().all() and (slope >= 0).all()
-    assert y.diff().min() >= 0 and y[0] == 0
+    assert y.diff().min() >= 0 and 0 <= y[0] < 1e-6
+    if link in BOUNDED:
+        assert y[0] == 0 and 0.99999 < y[-1] <= 1
     if link == "softplus":
         assert y[-1] == 200 and slope[-1] == 1
-    else:
-        assert y[-1] == 1
+    if link == "exp":
+        torch.testing.assert_close(y[3:5], torch.tensor([1.0, 21.255]), rtol=1e-4, atol=0)
+        assert y[-1] < 3.3e6
     if link == "hard":
         assert y.tolist() == [0, 0, 0, 0.5, 1, 1, 1] and slope.tolist()[:3] == [0, 0, 0]
         ends = torch.tensor([-3.04, 3.04])
@@ -227,13 +231,15 @@ def refused(kind, message):
 
 
 def test_errors():
-    with refused(ValueError, "Gate: unknown link 'tanh'; choose one of sigmoid, softplus, hard"):
+    with refused(
+        ValueError, "Gate: unknown link 'tanh'; choose one of sigmoid, softplus, hard, root_sigmoid"
+    ):
         Gate("tanh")
     for scale in (0.0, -1.0, float("nan")):
         with refused(ValueError, f"Gate: scale must be positive, got {scale}"):
             Gate(scale=scale)
     with refused(ValueError, "Gates: the rule reads momentum, which no Gate(...) is given for"):
-        Gates(HIDDEN, HEADS, RULE, {"lr": Gate(), "forget": Gate()})
+        Gates(HIDDEN, HEADS, RULE, {"lr": Gate(), "forget": Gate()}, 6, 6)
     for scale in (1.0, 1.5):
         with refused(
             ValueError, f"Gates: momentum must stay below 1 to be stable, so its scale must; got {scale}"

@@ -1,18 +1,77 @@
 """What a config says, in words and numbers: the four choices, their equations, gates, sizes and cost."""
 
+import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from miras.core.retention import Retention
+from miras.core.algorithm import GradientAscent, GradientDescent, Implicit, Muon
+from miras.core.bias import L1, L2, Dot, Huber, LInf, Lp, Robust
+from miras.core.memory import MLP, GatedMLP, Matrix, Vector
+from miras.core.retention import (
+    Bregman,
+    ElasticNet,
+    FDivergence,
+    LqNorm,
+    ProximalElasticNet,
+    Sigmoid,
+    Simplex,
+)
 from miras.core.rule import Rule
 from miras.nn.config import AXES, ModelConfig
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.nn.memory import DEFAULT_GATES
+from miras.nn.memory import DEFAULT_GATES, Features
+from miras.presets import SOURCES, preset, presets
 
-LARGEST = {"sigmoid": 1.0, "hard": 1.0}
-"""The largest value of each link of a gate that has one."""
+
+def _mlp(m: MLP) -> str:
+    y = "x"
+    for i in range(1, m.depth + 1):
+        y = f"{'gelu(' * (i > 1)}{y}{')' * (i > 1)} w{i}{f' + b{i}' * m.bias}"
+    return _finished(m, y)
+
+
+def _finished(m: Any, y: str) -> str:
+    y = f"LN({y})" if m.norm else y
+    y = f"gain {y} + shift" if getattr(m, "affine", False) else y
+    return f"x + {y}" if m.residual else y
+
+
+FORMULAS: dict[type, Callable[[Any], str]] = {
+    Matrix: lambda _: "x w",
+    Vector: lambda _: "x * w",
+    MLP: _mlp,
+    GatedMLP: lambda m: _finished(m, "(silu(x w1) * (x w3)) w2"),
+    Dot: lambda _: "-<y, v>",
+    L2: lambda _: "|y - v|^2 / 2",
+    L1: lambda _: "sum |y - v|",
+    Lp: lambda b: f"sum |y - v|^{b.p:g}" + (f", linear beyond {b.clip:g}" if b.clip else ""),
+    LInf: lambda b: f"max |y - v|, smoothed by {b.tau:g}",
+    Huber: lambda b: (
+        f"Huber of y - v ({b.kind}), linear beyond {'delta_t' if b.delta is None else f'{b.delta:g}'}"
+    ),
+    Robust: lambda b: (
+        f"max |y - v - e|^2 / 2 over |e|_{b.ball} <= {'radius_t' if b.radius is None else b.radius}"
+    ),
+    ElasticNet: lambda r: f"sign(A_t) max(0, |A_t| - {r.gamma:g})",
+    LqNorm: lambda r: f"A_t{'' if r.literal else f' |A_t|^{r.q - 2:g}'} / ||A_t||_{r.q:g}^{r.q - 2:g}",
+    Simplex: lambda r: f"c softmax(A_t) along {r.axis}",
+    FDivergence: lambda r: f"c softmax(A_t) along {r.axis}",
+    Bregman: lambda r: f"{r.inverse.__name__}(A_t)",
+    Sigmoid: lambda _: "sigmoid(A_t)",
+}
+"""Memories as a function of x, biases of a prediction y and a value v, retentions' links of A_t."""
+
+STEPS: dict[type, Callable[[Any], str]] = {
+    GradientDescent: lambda _: "S_t",
+    Implicit: lambda _: "S_t",
+    GradientAscent: lambda _: "S_t",
+    Muon: lambda a: f"{a.scale:g} NewtonSchulz_{a.iterations}(S_t)",
+}
+"""What an algorithm adds to the accumulator."""
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
@@ -28,6 +87,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "memory": choices(config.rule) if writes else None,
         "equations": equations(config.rule) if writes else None,
         "gates": gates(config) if writes else None,
+        "features": dataclasses.asdict(config.features) if writes else None,
         "window_size": config.window_size if attends else None,
         "num_persistent": config.num_persistent if attends else 0,
         "parameters": model.num_parameters(),
@@ -49,26 +109,43 @@ def choices(rule: Rule) -> dict[str, dict[str, str]]:
 
 def equations(rule: Rule) -> list[str]:
     """What one head does with token t, written for this rule."""
-    lr = "lr_t"
+    algorithm, retention = rule.algorithm, rule.retention
     lines: list[str] = []
-    if rule.algorithm.step_bound:
-        lr = "b_t lr_t"
-        strength = "" if rule.algorithm.step_bound == 1 else f"{rule.algorithm.step_bound:g} "
+    lr, sign = "lr_t", "+" if isinstance(algorithm, GradientAscent) else "-"
+    if isinstance(algorithm, Implicit):
+        lr = "lr_t / (1 + lr_t |k_t|^2)"
+    if algorithm.step_bound:
+        strength = "" if algorithm.step_bound == 1 else f"{algorithm.step_bound:g} "
         factor = f"max(0, 1 - {strength}lr_j |k_j . k_t|)"
         lines.append(f"b_t = prod_j {factor} over the earlier tokens j of the chunk")
-    anchor = "W_anchor"
-    if rule.retention.decayed:
-        anchor = "(prod_j (1 - forget_j)) W_anchor"
-    linked = type(rule.retention).link is not Retention.link
-    momentum = "momentum_t S_{t-1} " if rule.algorithm.momentum else ""
+        lr = f"b_t {lr}"
+    anchor = "(prod_j (1 - forget_j)) W_anchor" if retention.decayed else "W_anchor"
+    keep = "(1 - forget_t) A_{t-1}" if "forget" in retention.gates else "A_{t-1}"
+    direction = STEPS.get(type(algorithm), lambda _: f"{type(algorithm).__name__}(S_t)")(algorithm)
+    moved = f"A_t = {keep} + {direction}"
+    if isinstance(retention, ProximalElasticNet):
+        moved = f"A_t = S({keep} + {direction}), S(z) = sign(z) max(0, |z| - {retention.gamma:g})"
+    elif isinstance(retention, FDivergence):
+        moved = (
+            f"A_t = A_{{t-1}} + log {retention.inverse.__name__}({direction} - zeta_t), sums held by zeta_t"
+        )
+    elif not retention.linear:
+        moved = f"A_t = {type(retention).__name__}(A_{{t-1}}, {direction})"
+    linked = FORMULAS.get(type(retention), lambda _: "link(A_t)")(retention)
+    steps = [
+        f"all this {algorithm.steps} times per token, with keys and values of its own; the last step is read"
+    ]
     return [
         f"grad_t = d bias(M(k_t; W), v_t) / d W at W = {anchor}, the weights at the start of t's chunk of "
         f"{rule.chunk_size}",
         *lines,
-        f"S_t = {momentum}- {lr} grad_t",
-        "A_t = (1 - forget_t) A_{t-1} + S_t",
-        "W_t = link(A_t)" if linked else "W_t = A_t",
+        f"S_t = {'momentum_t S_{t-1} ' if algorithm.momentum else ''}{sign} {lr} grad_t",
+        moved,
+        "W_t = A_t" if retention.direct else f"W_t = {linked}",
         "y_t = M(q_t; W_t)",
+        *(steps if algorithm.steps > 1 else []),
+        f"M(x) = {FORMULAS.get(type(rule.memory), lambda m: repr(m))(rule.memory)}",
+        f"bias(y, v) = {FORMULAS.get(type(rule.bias), lambda b: repr(b))(rule.bias)}",
     ]
 
 
@@ -76,15 +153,84 @@ def gates(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """How each gate that the rule reads is made from a layer's input x, and the largest it can be."""
     made = DEFAULT_GATES | dict(config.gates)
     shown: dict[str, dict[str, Any]] = {}
-    for name in config.rule.gates():
-        gate: Gate = made[name]
-        scale = gate.scale
-        if name == "lr" and config.rule.algorithm.momentum:
-            scale *= 1 - made["momentum"].scale
+    own = [name for name in config.gates if "." in name]
+    for name in (*config.rule.gates(), *own):
+        gate = made[name]
+        factor = 1.0
+        if name.split(".")[0] == "lr" and config.rule.algorithm.momentum:
+            factor = 1 - made["momentum"].largest(config.num_heads)
+        largest = gate.largest(config.num_heads) * factor
         shown[name] = {
-            "formula": f"{scale:.4g} {gate.link}(x W + b)",
+            "formula": f"{gate.scale * factor:.4g} {gate.link}({_inside(gate)})",
             "initial_bias": gate.bias,
-            "largest": scale * LARGEST[gate.link] if gate.link in LARGEST else None,
-            "per": "token, head and weight" if gate.per_weight else "token and head",
+            "largest": largest if math.isfinite(largest) else None,
+            "per": _per(gate),
         }
     return shown
+
+
+def _inside(gate: Gate) -> str:
+    """What goes into a gate's link."""
+    if gate.follows is not None:
+        inside = f"that of {gate.follows}"
+    elif gate.source != "token":
+        inside = "b"
+    else:
+        inside = "x U V + b" if gate.channels and gate.rank else "x W + b"
+    return f"{inside}, rate" if gate.link == "decay" else inside
+
+
+def _per(gate: Gate) -> str:
+    parts = ["head"] if gate.source != "token" else ["token", "head"]
+    parts += ["weight"] * gate.per_weight + [f"{gate.channels} channel"] * (gate.channels is not None)
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def features(config: ModelConfig) -> str:
+    """How queries, keys and values are made, in words."""
+    f: Features = config.features
+    words = ["linear", *(["convolution"] * (config.conv_size > 0))]
+    made = [*words, f.activation, *(["length 1"] * f.normalize), *(["rotary"] * f.rotary)]
+    keys = {"projected": "", "forget": "; k = forget", "query": "; k = q"}[f.keys]
+    scaled = "; q / sqrt(width)" * f.scaled
+    normalizer = "; the read is divided by max(1, |n|)" * f.normalizer
+    return f"q, k: {', '.join(made)}{keys}{scaled}; v: {', '.join([*words, f.values])}{normalizer}"
+
+
+def design_space() -> list[dict[str, Any]]:
+    """The presets as points of the design space: one row each, for `miras list`."""
+    rows: list[dict[str, Any]] = []
+    for name in presets():
+        config = preset(name)
+        row: dict[str, Any] = {"preset": name, "layers": " + ".join(config.pattern)}
+        if all(kind == "attention" for kind in config.pattern):
+            rows.append(
+                row | {axis: "" for axis in (*AXES, "gates")} | {"chunk": None, "source": SOURCES[name]}
+            )
+            continue
+        row |= {axis: _short(getattr(config.rule, axis)) for axis in AXES}
+        made = DEFAULT_GATES | dict(config.gates)
+        shown = [_named(gate, made[gate]) for gate in config.rule.gates()]
+        rows.append(
+            row | {"gates": ", ".join(shown), "chunk": config.rule.chunk_size, "source": SOURCES[name]}
+        )
+    return rows
+
+
+def _short(part: Any) -> str:
+    """An axis object with the fields that are not its defaults."""
+    given = [
+        f"{f.name}={getattr(part, f.name)!r}"
+        for f in dataclasses.fields(part)
+        if getattr(part, f.name) != f.default
+    ]
+    return f"{type(part).__name__}({', '.join(given)})" if given else type(part).__name__
+
+
+def _named(name: str, gate: Gate) -> str:
+    words = [
+        *([gate.source] * (gate.source != "token")),
+        *([f"by {gate.channels} channel"] * (gate.channels is not None)),
+    ]
+    words += [f"from {gate.follows}"] * (gate.follows is not None)
+    return f"{name} ({', '.join(words)})" if words else name

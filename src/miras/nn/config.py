@@ -1,9 +1,14 @@
 """What a model is made of, as one frozen value that can be written to `config.json` and read back."""
 
 import dataclasses
+import importlib
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+import torch.nn.functional as F
 
 from miras.core.algorithm import ALGORITHMS
 from miras.core.bias import BIASES
@@ -11,13 +16,45 @@ from miras.core.memory import MEMORIES
 from miras.core.retention import RETENTIONS
 from miras.core.rule import Rule
 from miras.nn.gates import Gate
-from miras.nn.memory import TITANS_RULE
+from miras.nn.memory import TITANS_FEATURES, TITANS_RULE, Features
 
 FORMAT_VERSION = 1
 """Version of the dictionaries that `ModelConfig.to_dict` writes; older ones stay readable."""
 
-AXES = {"memory": MEMORIES, "bias": BIASES, "retention": RETENTIONS, "algorithm": ALGORITHMS}
+AXES: dict[str, tuple[type, ...]] = {
+    "memory": MEMORIES,
+    "bias": BIASES,
+    "retention": RETENTIONS,
+    "algorithm": ALGORITHMS,
+}
 """Every choice on every axis, by axis."""
+
+FIRST_WRITTEN = {
+    "MLP": ("depth", "expansion", "residual", "norm"),
+    "Decay": ("decayed",),
+    "GradientDescent": ("momentum", "step_bound"),
+    "Gate": ("link", "scale", "bias", "per_weight"),
+    "ModelConfig": (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_heads",
+        "head_dim",
+        "intermediate_size",
+        "pattern",
+        "rule",
+        "gates",
+        "conv_size",
+        "initial_scale",
+        "window_size",
+        "num_persistent",
+        "rope_theta",
+        "norm_eps",
+        "tie_word_embeddings",
+    ),
+}
+"""Fields that are written whatever they hold, by class; others only where they differ from their default. So what a
+model is called, the hash of its config, does not change when a class gets a new field."""
 
 MIXERS = ("attention", "memory", "mag")
 """What a layer may be made of."""
@@ -30,8 +67,9 @@ class ModelConfig:
     pattern: mixers of the layers, repeated to num_hidden_layers: "attention", "memory" (a MemoryLayer), "mag"
     (memory as gate). head_dim defaults to hidden_size / num_heads, intermediate_size to 8/3 hidden_size rounded
     up to 16. rule: the memory's four choices; gates: how its gates are made where that differs from the
-    defaults; conv_size: taps behind the memory's projections; initial_scale: deviation of the initial memory
-    times sqrt(d_in). window_size: tokens of sliding-window attention, None for full; num_persistent: persistent
+    defaults, by name or by name.weight for one weight of the memory; features: how its queries and keys are made;
+    conv_size: taps behind its projections; initial_scale: deviation of the initial memory times sqrt(d_in).
+    window_size: tokens of sliding-window attention, None for full; num_persistent: persistent
     tokens. Raises ValueError for sizes that do not fit.
     """
 
@@ -46,6 +84,7 @@ class ModelConfig:
     gates: Mapping[str, Gate] = field(default_factory=dict[str, Gate])
     conv_size: int = 4
     initial_scale: float = 1.0
+    features: Features = TITANS_FEATURES
     window_size: int | None = None
     num_persistent: int = 0
     rope_theta: float = 10_000.0
@@ -75,13 +114,16 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"ModelConfig: {name} must be at least {low}, got {value}")
-        if any(name in ("attention", "mag") for name in self.pattern) and self.width() % 2:
+        attends = any(name in ("attention", "mag") for name in self.pattern)
+        if (attends or self.features.rotary) and self.width() % 2:
             raise ValueError(f"ModelConfig: rotary positions need an even head width, got {self.width()}")
-        unread = [name for name in self.gates if name not in self.rule.gates()]
+        read = self.rule.gates()
+        own = [name for name in read if name not in self.rule.bias.gates]
+        known = {*read, *(f"{name}.{n}" for name in own for n in self.rule.memory.shapes(2, 2))}
+        unread = [name for name in self.gates if name not in known]
         if unread:
             raise ValueError(
-                f"ModelConfig: gates {', '.join(unread)} are not read by this rule, which reads "
-                f"{', '.join(self.rule.gates())}"
+                f"ModelConfig: gates {', '.join(unread)} are not read by this rule, which reads {', '.join(read)}"
             )
 
     def width(self) -> int:
@@ -99,17 +141,26 @@ class ModelConfig:
         return self.pattern[layer % len(self.pattern)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON; `from_dict` reads them back to an equal config."""
-        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        """Plain values only, for JSON; `from_dict` reads them back to an equal config.
+
+        A choice that is not one of the library's is written by its import path, with its dataclass fields. Raises
+        ValueError where that cannot be: no dataclass, or a function without a name of its own.
+        """
+        plain = _written(self, "ModelConfig")
         plain["pattern"] = list(self.pattern)
-        plain["gates"] = {name: dataclasses.asdict(gate) for name, gate in self.gates.items()}
-        axes = {axis: _named(getattr(self.rule, axis)) for axis in AXES}
+        plain["gates"] = {name: _written(gate, "Gate") for name, gate in self.gates.items()}
+        axes = {axis: _named(axis, getattr(self.rule, axis)) for axis in AXES}
         plain["rule"] = {**axes, "chunk_size": self.rule.chunk_size}
+        if "features" in plain:
+            plain["features"] = _written(self.features, "Features")
         return {"format_version": FORMAT_VERSION, **plain}
 
     @staticmethod
-    def from_dict(values: Mapping[str, Any]) -> "ModelConfig":
-        """The config that `to_dict` wrote. Raises ValueError for unknown names or a newer format."""
+    def from_dict(values: Mapping[str, Any], *, trust_remote_code: bool = False) -> "ModelConfig":
+        """The config that `to_dict` wrote. Raises ValueError for unknown names or a newer format.
+
+        `trust_remote_code` allows it to import and run what it names by import path; functions of torch always may.
+        """
         plain = dict(values)
         version = plain.pop("format_version", None)
         if not isinstance(version, int) or version > FORMAT_VERSION:
@@ -124,20 +175,92 @@ class ModelConfig:
             )
         plain["pattern"] = tuple(plain["pattern"])
         plain["gates"] = {name: Gate(**gate) for name, gate in plain["gates"].items()}
+        plain["features"] = Features(**plain.get("features", {}))
         rule = plain["rule"]
-        parts = {axis: _built(axis, rule[axis]) for axis in AXES}
+        parts = {axis: _built(axis, rule[axis], trust_remote_code) for axis in AXES}
         plain["rule"] = Rule(**parts, chunk_size=rule["chunk_size"])
         return ModelConfig(**plain)
 
 
-def _named(part: Any) -> dict[str, Any]:
-    return {"name": type(part).__name__, **dataclasses.asdict(part)}
+def _written(part: Any, kind: str) -> dict[str, Any]:
+    """The fields of a dataclass that are written, as plain values."""
+    always = FIRST_WRITTEN.get(kind, ())
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        if f.init and (f.name in always or value != default):
+            found[f.name] = {"function": _path(value)} if callable(value) else value
+    return found
 
 
-def _built(axis: str, values: Mapping[str, Any]) -> Any:
+def _named(axis: str, part: Any) -> dict[str, Any]:
+    kind = type(part)
+    name = kind.__name__ if kind in AXES[axis] else _path(kind)
+    if not dataclasses.is_dataclass(part):
+        raise ValueError(
+            f"ModelConfig: {axis} {part!r} cannot be written: make {kind.__name__} a frozen dataclass"
+        )
+    return {"name": name, **_written(part, name)}
+
+
+def _built(axis: str, values: Mapping[str, Any], trusted: bool) -> Any:
     options = dict(values)
     name = options.pop("name")
     kinds = {kind.__name__: kind for kind in AXES[axis]}
-    if name not in kinds:
+    if ":" in name:
+        kind = _imported(name, trusted)
+    elif name in kinds:
+        kind = kinds[name]
+    else:
         raise ValueError(f"ModelConfig: unknown {axis} {name!r}; known are {', '.join(kinds)}")
-    return kinds[name](**options)
+    for field_name, value in options.items():
+        if isinstance(value, Mapping) and set(value) == {"function"}:
+            options[field_name] = _imported(value["function"], trusted)
+    return kind(**options)
+
+
+TORCH: dict[str, Any] = {"torch": torch, "torch.nn.functional": F}
+"""Modules whose functions a config may name without being trusted."""
+
+
+def _path(thing: Any) -> str:
+    """The import path "package.module:Name" of a class or a function. Raises ValueError where it has none."""
+    name = getattr(thing, "__qualname__", "")
+    for module, home in TORCH.items():
+        if name and getattr(home, thing.__name__, None) is thing:
+            return f"{module}:{thing.__name__}"
+    path = f"{getattr(thing, '__module__', None)}:{name}"
+    try:
+        found = _imported(path, True)
+    except ValueError:
+        found = None
+    if found is not thing:
+        raise ValueError(
+            f"ModelConfig: {thing!r} cannot be written by its import path {path}: define it by name at the top level "
+            f"of a module"
+        )
+    return path
+
+
+def _imported(path: str, trusted: bool) -> Any:
+    """What an import path names. Raises ValueError when that is not allowed, or not there."""
+    module, _, name = path.partition(":")
+    if not trusted:
+        found = getattr(TORCH.get(module), name, None)
+        if isinstance(found, types.BuiltinFunctionType) or (module == F.__name__ and callable(found)):
+            return found
+        raise ValueError(
+            f"ModelConfig: this config names code to import and run, {path}, that is not part of miras; if you trust "
+            f"it, read it with trust_remote_code=True (--trust-remote-code on the command line)"
+        )
+    try:
+        found = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"ModelConfig: {path} cannot be imported ({error}); install the package that has it, or put its module "
+            f"on the Python path"
+        ) from error
+    return found

@@ -162,8 +162,11 @@ def drop(folder: Path) -> None:
     shutil.rmtree(draft, ignore_errors=True)
 
 
-def load_model(folder: str | Path) -> LM:
-    """The model of a folder. Raises FileNotFoundError or ValueError naming what is missing or does not fit."""
+def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
+    """The model of a folder. Raises FileNotFoundError or ValueError naming what is missing or does not fit.
+
+    `trust_remote_code` allows its config to name classes and functions outside miras, which are imported and run.
+    """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -171,7 +174,7 @@ def load_model(folder: str | Path) -> LM:
                 f"{folder} is not a model: {name} is missing; a model is a folder with config.json and "
                 f"model.safetensors, as `miras train` writes it"
             )
-    model = LM(read_config(folder))
+    model = LM(read_config(folder, trust_remote_code=trust_remote_code))
     try:
         stored = load_file(folder / "model.safetensors")
     except SafetensorError as error:
@@ -188,7 +191,7 @@ def load_model(folder: str | Path) -> LM:
     return model
 
 
-def read_config(folder: str | Path) -> ModelConfig:
+def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> ModelConfig:
     """The config of a model folder. Raises FileNotFoundError or ValueError when `config.json` is none of ours."""
     path = Path(folder) / "config.json"
     try:
@@ -201,7 +204,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{path} does not describe a miras model (its model_type is not {MODEL_TYPE!r})")
     values = {n: x for n, x in values.items() if n not in ("model_type", "architectures")}
     try:
-        return ModelConfig.from_dict(values)
+        return ModelConfig.from_dict(values, trust_remote_code=trust_remote_code)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a model that can be made: {error}") from error
 

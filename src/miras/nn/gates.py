@@ -1,7 +1,9 @@
-"""Data-dependent gates: from a layer's input to the natural values that a rule reads."""
+"""Gates: from a layer's input to the natural values that a rule reads."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +17,106 @@ def hard(x: Tensor) -> Tensor:
     return (1.1 * torch.sigmoid(x) - 0.05).clamp(0, 1)
 
 
+def root_sigmoid(x: Tensor) -> Tensor:
+    """1 - sigmoid(-x)^(1/16): GLA's forgetting, small unless x is large (GLA 4.4, its temperature 16)."""
+    return -torch.expm1(-F.softplus(x) / 16)
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """exp(15 tanh(x / 15)): mLSTM's input gate under the cap of xLSTM 7B, at most 3.3e6."""
+    return (15 * torch.tanh(x / 15)).exp()
+
+
+def decay(x: Tensor, log_rate: Tensor | float = 0.0) -> Tensor:
+    """1 - exp(-rate softplus(x)): the forgetting of Mamba-2 and Gated DeltaNet, with a learned rate for each head."""
+    rate = log_rate.exp() if isinstance(log_rate, Tensor) else math.exp(log_rate)
+    return -torch.expm1(-rate * F.softplus(x))
+
+
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "softplus": F.softplus,
     "hard": hard,
+    "root_sigmoid": root_sigmoid,
+    "exp": capped_exp,
+    "exp2": torch.exp2,
+    "decay": decay,
 }
+BOUNDED = ("sigmoid", "hard", "root_sigmoid", "decay")
+"""Links whose largest value is 1."""
 
 
 @dataclass(frozen=True)
 class Gate:
-    """How one gate is made: scale * link(x W + bias), one value per token and head.
+    """How one gate is made: scale * link(x W + b), with b = bias + step h at first for head h.
 
-    link: "sigmoid", "softplus" or "hard" (exactly 0 and 1 are reached); per_weight: each weight of the memory
-    has its own (Titans, NeurIPS version, appendices B.3 and F). Raises ValueError for an unknown link or a
-    scale that is not positive.
+    link: "sigmoid", "softplus", "hard" (exactly 0 and 1 are reached), "root_sigmoid" (GLA), "exp" (mLSTM, capped),
+    "exp2" (2^x), "decay" (Mamba-2: has a learned rate per head, from 1 to 16 at first). spread: each head's b is
+    drawn from there to there + spread. per_weight: each weight of the memory has its own (Titans, NeurIPS version,
+    appendices B.3 and F). channels: one value per token and head, or one for each "input" or "output" channel of a
+    weight, of a bias gate for each value channel; x W is then of low rank, through `rank` numbers that the heads
+    share (MIRAS 7.1), or full for rank 0. source: "token", made from x; "constant", x W left out, so that b alone is
+    learned: the input-independent control; "fixed", b is no parameter either. follows: the gate whose x W + b this
+    one takes, in place of its own (Mamba-2: forget follows lr).
+
+    Raises ValueError for an unknown choice, a scale that is not positive, and what does not go together.
     """
 
     link: str = "sigmoid"
     scale: float = 1.0
     bias: float = 0.0
     per_weight: bool = False
+    channels: Literal["input", "output"] | None = None
+    rank: int = 32
+    source: Literal["token", "constant", "fixed"] = "token"
+    step: float = 0.0
+    spread: float = 0.0
+    follows: str | None = None
 
     def __post_init__(self) -> None:
-        if self.link not in LINKS:
-            raise ValueError(f"Gate: unknown link {self.link!r}; choose one of {', '.join(LINKS)}")
+        for name, allowed in (
+            ("link", tuple(LINKS)),
+            ("channels", (None, "input", "output")),
+            ("source", ("token", "constant", "fixed")),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"Gate: unknown {name} {value!r}; choose one of {', '.join(map(str, allowed))}"
+                )
         if not self.scale > 0:
             raise ValueError(f"Gate: scale must be positive, got {self.scale}")
+        if self.rank < 0:
+            raise ValueError(f"Gate: rank must be at least 1, or 0 for a full projection, got {self.rank}")
+        if self.spread < 0 or (self.spread and self.source == "fixed"):
+            raise ValueError(
+                f"Gate: spread draws first values to be learned: at least 0, and 0 for source='fixed'; got "
+                f"{self.spread} with source={self.source!r}"
+            )
+        own = (self.bias, self.per_weight, self.channels, self.source, self.step, self.spread)
+        if self.follows is not None and own != (0.0, False, None, "token", 0.0, 0.0):
+            raise ValueError(
+                f"Gate: one that follows {self.follows!r} has its source, bias and channels from there; give it only "
+                f"link and scale"
+            )
+
+    def first(self, num_heads: int) -> list[float]:
+        """The bias of every head at first, without what `spread` adds."""
+        return [self.bias + self.step * h for h in range(num_heads)]
+
+    def largest(self, num_heads: int) -> float:
+        """The largest value that it can have; inf where there is none."""
+        if self.source == "fixed":
+            values = LINKS[self.link](torch.tensor(self.first(num_heads), dtype=torch.float64, device="cpu"))
+            return self.scale * float(values.max())
+        return self.scale if self.link in BOUNDED else math.inf
+
+
+NEVER = Gate("hard", bias=-9.0, source="fixed")
+"""Exactly 0 for every token: a step that is not taken, nothing forgotten."""
+
+ALWAYS = Gate("exp2", source="fixed")
+"""Exactly 1 for every token, such as the step of linear attention."""
 
 
 class Precise(nn.Module):
@@ -54,54 +130,235 @@ class Precise(nn.Module):
         return super()._apply(keep, recurse)
 
 
-class Gates(Precise):
-    """All gates that a rule reads, from x (B, T, hidden) to {name or name.weight: (B, H, T)}, in fp32.
+class Output(NamedTuple):
+    """One gate of a layer: its name as a rule knows it, how it is made, and the numbers it has per token and head.
 
-    `lr` is multiplied by 1 - (the largest momentum), so that momentum does not add up to longer steps: a step of
-    lr decays over 1 / (1 - momentum) tokens.
+    `channels` is the gate's own or, where it follows another, that one's.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, rule: Rule, gates: Mapping[str, Gate]) -> None:
+    name: str
+    gate: Gate
+    width: int
+    channels: str | None
+
+
+def gate_outputs(rule: Rule, gates: Mapping[str, Gate], d_key: int, d_value: int) -> list[Output]:
+    """Every gate that a layer has for a rule; `name.weight` in `gates` is for one weight of the memory.
+
+    Raises ValueError for a gate that is missing and channels that the weights do not share.
+    """
+    missing = [name for name in rule.gates() if name not in gates]
+    if missing:
+        raise ValueError(f"Gates: the rule reads {', '.join(missing)}, which no Gate(...) is given for")
+    weights = rule.memory.shapes(d_key, d_value)
+    steps = rule.algorithm.steps
+
+    def output(name: str, gate: Gate) -> Output:
+        base, _, weight = name.partition(".")
+        if gate.channels is None:
+            return Output(name, gate, steps if base == "lr" else 1, None)
+        if base in rule.bias.gates:
+            if gate.channels == "input":
+                raise ValueError(
+                    f"Gates: {name} belongs to the values: its channels are 'output', not 'input'"
+                )
+            return Output(name, gate, d_value, "output")
+        if base == "lr" and steps > 1:
+            raise ValueError(
+                f"Gates: with {steps} steps per token lr is one number for each step, not channel-wise"
+            )
+        side = 0 if gate.channels == "input" else 1
+        found = {weights[n][side] for n in ([weight] if weight else weights)}
+        if len(found) > 1:
+            raise ValueError(
+                f"Gates: the weights' {gate.channels} channels differ, {sorted(found)}: give {name} per_weight=True"
+            )
+        return Output(name, gate, found.pop(), gate.channels)
+
+    found: list[Output] = []
+    for base in rule.gates():
+        own = [n for n in weights if gates[base].per_weight or f"{base}.{n}" in gates]
+        own = [] if base in rule.bias.gates else own
+        if len(own) < len(weights) and gates[base].follows is None:
+            found.append(output(base, gates[base]))
+        found += [output(f"{base}.{n}", gates.get(f"{base}.{n}", gates[base])) for n in own]
+    for base in rule.gates():
+        leader = gates[base].follows
+        if leader is None:
+            continue
+        led = [each for each in found if each.name.split(".")[0] == leader and each.gate.follows is None]
+        if not led or steps > 1:
+            raise ValueError(
+                f"Gates: {base} follows {leader!r}, which must be a gate of the rule that follows none and has one "
+                f"value per token"
+            )
+        names = {each.name for each in found}
+        for each in led:
+            name = base + each.name.removeprefix(leader)
+            if name not in names:
+                found.append(Output(name, gates[base], each.width, each.channels))
+    return found
+
+
+class Gates(Precise):
+    """All gates that a rule reads, from x (B, T, hidden) to {name or name.weight: values}, in fp32.
+
+    Values are (B, H, T), with several steps per token (B, H, T, steps) for lr, and where they are channel-wise
+    (B, H, T, d_in, 1) or (B, H, T, 1, d_out). `lr` is multiplied by 1 - (the largest momentum), so that momentum
+    does not add up to longer steps: a step of lr decays over 1 / (1 - momentum) tokens.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        rule: Rule,
+        gates: Mapping[str, Gate],
+        head_dim: int,
+        value_dim: int,
+    ) -> None:
         super().__init__()
-        missing = [name for name in rule.gates() if name not in gates]
-        if missing:
-            raise ValueError(f"Gates: the rule reads {', '.join(missing)}, which no Gate(...) is given for")
         self.num_heads = num_heads
-        self.outputs: list[tuple[str, Gate]] = []
-        for name in rule.gates():
-            tails = [f".{n}" for n in rule.memory.shapes(1, 1)] if gates[name].per_weight else [""]
-            self.outputs += [(name + tail, gates[name]) for tail in tails]
-        self.lr_factor = 1 - gates["momentum"].scale if rule.algorithm.momentum else 1.0
-        if self.lr_factor <= 0:
-            raise ValueError(
-                f"Gates: momentum must stay below 1 to be stable, so its scale must; got {gates['momentum'].scale}"
-            )
-        largest = gates["lr"].scale * self.lr_factor * rule.algorithm.step_bound
-        if gates["lr"].link != "softplus" and largest > 1 + 1e-6:
-            raise ValueError(
-                f"Gates: step_bound times the largest lr must be at most 1, got {rule.algorithm.step_bound} * "
-                f"{gates['lr'].scale * self.lr_factor:g}; lower the scale of the lr gate, or give the step_bound "
-                f"that fits the largest momentum, 1 / (1 - m) = {1 / self.lr_factor:g}"
-            )
-        if rule.algorithm.momentum and 0 < rule.algorithm.step_bound < 1 / self.lr_factor - 1e-6:
-            raise ValueError(
-                f"Gates: a step_bound of {rule.algorithm.step_bound} does not count momentum of up to "
-                f"{gates['momentum'].scale}; give 1 / (1 - m) = {1 / self.lr_factor:g} or more, or 0 for none"
-            )
-        self.proj = nn.Linear(hidden_size, num_heads * len(self.outputs))
+        self.made = gate_outputs(rule, gates, head_dim, value_dim)
+        self.outputs = [(o.name, o.gate) for o in self.made]
+        self.lr_factor = _lr_factor(rule, self.made, num_heads)
+        made = {kind: [o for o in self.made if _kind(o) == kind] for kind in _KINDS}
+        self.by_head, self.by_channel = made["head"], made["channel"]
+        self.constant, self.fixed = made["constant"], made["fixed"]
+        width = num_heads * sum(o.width for o in self.by_head)
+        self.proj = nn.Linear(hidden_size, width) if width else None
+        self.channels = nn.ModuleList(
+            ChannelGate(hidden_size, num_heads * o.width, o.gate.rank) for o in self.by_channel
+        )
+        self.constants = nn.ParameterList(torch.empty(num_heads, o.width) for o in self.constant)
+        for i, o in enumerate(self.fixed):
+            value = torch.tensor(o.gate.first(num_heads))[:, None].expand(num_heads, o.width)
+            self.register_buffer(f"fixed{i}", value.clone(), persistent=False)
+        self.rated = [o for o in self.made if o.gate.link == "decay"]
+        self.log_rates = nn.ParameterList(torch.empty(num_heads) for _ in self.rated)
 
     def reset_parameters(self, std: float) -> None:
-        """Small weights, and the biases that the gates name."""
-        nn.init.normal_(self.proj.weight, std=std)
+        """Small weights, so that x W has entries of about std * sqrt(hidden), and the biases that the gates name."""
         with torch.no_grad():
-            for i, (_, gate) in enumerate(self.outputs):
-                self.proj.bias[i * self.num_heads : (i + 1) * self.num_heads] = gate.bias
+            if self.proj is not None:
+                nn.init.normal_(self.proj.weight, std=std)
+                self.proj.bias.copy_(torch.cat([self._first(o).flatten() for o in self.by_head]))
+            for part, o in zip(self.channels, self.by_channel, strict=True):
+                assert isinstance(part, ChannelGate)
+                part.reset_parameters(std)
+                part.up.bias.copy_(self._first(o).flatten())
+            for constant, o in zip(self.constants, self.constant, strict=True):
+                constant.copy_(self._first(o))
+            for rate in self.log_rates:
+                rate.uniform_(1, 16).log_()
+
+    def _first(self, o: Output) -> Tensor:
+        """The first biases of one gate, (H, width)."""
+        by_head = torch.tensor(o.gate.first(self.num_heads))
+        if o.gate.spread:
+            by_head = by_head + o.gate.spread * torch.rand(self.num_heads)
+        return by_head[:, None].expand(self.num_heads, o.width)
+
+    def _inputs(self, x: Tensor) -> dict[str, Tensor]:
+        """x W + b of every gate that has its own, (B, H, T, width)."""
+        B, T, H = x.shape[0], x.shape[1], self.num_heads
+        raw: dict[str, Tensor] = {}
+        if self.proj is not None:
+            parts = self.proj(x).split([H * o.width for o in self.by_head], -1)
+            raw |= {o.name: part for o, part in zip(self.by_head, parts, strict=True)}
+        raw |= {o.name: part(x) for o, part in zip(self.by_channel, self.channels, strict=True)}
+        raw = {name: part.unflatten(-1, (H, -1)).transpose(1, 2) for name, part in raw.items()}
+        for o, part in zip(self.constant, self.constants, strict=True):
+            raw[o.name] = part[None, :, None].expand(B, H, T, o.width)
+        for i, o in enumerate(self.fixed):
+            raw[o.name] = getattr(self, f"fixed{i}")[None, :, None].expand(B, H, T, o.width)
+        return raw
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         with torch.autocast(x.device.type, enabled=False):
-            raw = self.proj(x.to(self.proj.weight.dtype)).transpose(1, 2)  # (B, gates * H, T)
-        values: dict[str, Tensor] = {}
-        for i, (name, gate) in enumerate(self.outputs):
-            value = gate.scale * LINKS[gate.link](raw[:, i * self.num_heads : (i + 1) * self.num_heads])
-            values[name] = value * self.lr_factor if name.split(".")[0] == "lr" else value
+            raw = self._inputs(x.to(self.dtype()))
+            rates = {o.name: rate for o, rate in zip(self.rated, self.log_rates, strict=True)}
+            values: dict[str, Tensor] = {}
+            for name, gate, width, channels in self.made:
+                base, _, tail = name.partition(".")
+                source = name if gate.follows is None else f"{gate.follows}.{tail}" if tail else gate.follows
+                z = raw[source]
+                y = decay(z, rates[name][:, None, None]) if name in rates else LINKS[gate.link](z)
+                y = gate.scale * y
+                y = y * self.lr_factor if base == "lr" else y
+                if channels is None:
+                    values[name] = y[..., 0] if width == 1 else y
+                else:
+                    values[name] = y[..., None] if channels == "input" else y[..., None, :]
         return values
+
+    def dtype(self) -> torch.dtype:
+        """The type that gates are made in."""
+        found = next(self.parameters(), None)
+        found = next(self.buffers()) if found is None else found
+        return found.dtype
+
+
+class ChannelGate(nn.Module):
+    """x W + b of a channel-wise gate, (..., hidden) to (..., width): through `rank` numbers, or none for 0."""
+
+    def __init__(self, hidden_size: int, width: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden_size, rank, bias=False) if rank else None
+        self.up = nn.Linear(rank or hidden_size, width)
+
+    def reset_parameters(self, std: float) -> None:
+        """Entries of x W as those of one matrix with deviation `std`."""
+        if self.down is not None:
+            hidden, rank = self.down.in_features, self.down.out_features
+            nn.init.normal_(self.down.weight, std=hidden**-0.5)
+            std *= (hidden / rank) ** 0.5
+        nn.init.normal_(self.up.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x if self.down is None else self.down(x))
+
+
+_KINDS = ("head", "channel", "constant", "fixed", "following")
+
+
+def _kind(o: Output) -> str:
+    if o.gate.follows is not None:
+        return "following"
+    if o.gate.source != "token":
+        return o.gate.source
+    return "head" if o.channels is None else "channel"
+
+
+def _lr_factor(rule: Rule, outputs: list[Output], num_heads: int) -> float:
+    """1 - (the largest momentum). Raises ValueError where steps could add up to more than the bound allows for."""
+    most = {
+        base: [o.gate.largest(num_heads) for o in outputs if o.name.split(".")[0] == base]
+        for base in rule.gates()
+    }
+    factor = 1.0
+    if rule.algorithm.momentum:
+        momentum = max(most["momentum"])
+        factor = 1 - momentum
+        if factor <= 0:
+            raise ValueError(
+                f"Gates: momentum must stay below 1 to be stable, so its scale must; got {momentum}"
+            )
+    if "forget" in most and max(most["forget"]) > 1:
+        raise ValueError(
+            f"Gates: forget is a share of at most 1, this gate can be {max(most['forget']):g}; use one of the links "
+            f"{', '.join(BOUNDED)} with a scale of at most 1"
+        )
+    bound, lr = rule.algorithm.step_bound, max(most["lr"])
+    if math.isfinite(lr) and lr * factor * bound > 1 + 1e-6:
+        raise ValueError(
+            f"Gates: step_bound times the largest lr must be at most 1, got {bound} * {lr * factor:g}; lower the "
+            f"scale of the lr gate, or give the step_bound that fits the largest momentum, 1 / (1 - m) = "
+            f"{1 / factor:g}"
+        )
+    if rule.algorithm.momentum and 0 < bound < 1 / factor - 1e-6:
+        raise ValueError(
+            f"Gates: a step_bound of {bound} does not count momentum of up to {1 - factor:g}; give 1 / (1 - m) = "
+            f"{1 / factor:g} or more, or 0 for none"
+        )
+    return factor

@@ -12,6 +12,7 @@ from miras.core.rows import Rows, pack
 from miras.core.state import Record
 from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
+from miras.nn.gates import gate_outputs
 from miras.nn.memory import DEFAULT_GATES, MemoryLayer
 from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
@@ -76,11 +77,12 @@ def build_mixer(config: ModelConfig, name: str) -> Mixer:
         "gates": config.gates,
         "conv_size": config.conv_size,
         "initial_scale": config.initial_scale,
+        "features": config.features,
         "norm_eps": config.norm_eps,
     }
     builders: dict[str, Any] = {
         "attention": lambda: AttentionLayer(**sizes, **attend),
-        "memory": lambda: MemoryLayer(**sizes, **memory),
+        "memory": lambda: MemoryLayer(**sizes, **memory, rope_theta=config.rope_theta),
         "mag": lambda: MemoryAsGate(**sizes, **attend, **memory),
     }
     return builders[name]()
@@ -187,19 +189,28 @@ def flops_per_token(config: ModelConfig) -> int:
 
     A memory's weight (d_in, d_out) is passed at the key, backwards from its output unless it is the first, at
     the query for A and S, and twice by the update; in a chunk of C tokens every token meets C others on average
-    in two more products (C d_in and C d_out). A window of w tokens costs 4 w D per head, over the keys that a
-    block reads (2 w).
+    in two more products (C d_in and C d_out). Where a map or a channel-wise gate has the weights formed for every
+    token, it is passed at the key, backwards and at the query, and once by the rank-one update. All that is
+    times the steps of a token. A window of w tokens costs 4 w D per head, over the keys that a block reads (2 w).
     """
     D, H, width = config.hidden_size, config.num_heads, config.width()
-    C, momentum = config.rule.chunk_size, config.rule.algorithm.momentum
+    rule, features = config.rule, config.features
+    n, momentum = rule.algorithm.steps, rule.algorithm.momentum
+    C = 1 if rule.chunk_size == 1 else rule.chunk_size * n
     total = 2 * D * config.vocab_size
-    weights = list(config.rule.memory.shapes(width, width).values())
-    made = DEFAULT_GATES | dict(config.gates)
-    gates = sum(len(weights) if made[name].per_weight else 1 for name in config.rule.gates())
-    memory = 4 * 2 * D * H * width + 2 * D * H * gates
+    held = width + features.normalizer
+    weights = list(rule.memory.shapes(width, held).values())
+    outputs = gate_outputs(rule, DEFAULT_GATES | dict(config.gates), width, held)
+    memory = 2 * D * H * width * (2 + n * (1 + (features.keys == "projected")))
+    for _, gate, size, channels in outputs:
+        if gate.source == "token" and gate.follows is None:
+            low = gate.rank if channels else 0
+            memory += 2 * D * low + 2 * low * H * size if low else 2 * D * H * size
+    formed = any(o.channels for o in outputs if o.name.split(".")[0] not in rule.bias.gates)
+    formed = formed or not (rule.retention.direct and rule.algorithm.direct) or rule.memory.elementwise
     for i, (d_in, d_out) in enumerate(weights):
-        passes = 1 + (i > 0) + (1 + momentum) * 2
-        memory += 2 * H * (passes * d_in * d_out + C * (d_in + d_out))
+        passes = 1 + (i > 0) + (2 if formed else (1 + momentum) * 2)
+        memory += n * 2 * H * (passes * d_in * d_out + (0 if formed else C * (d_in + d_out)))
     attend = 3 * 2 * D * H * width + 4 * H * width * (2 * (config.window_size or 0) + config.num_persistent)
     out = 2 * H * width * D
     for i in range(config.num_hidden_layers):

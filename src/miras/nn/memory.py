@@ -1,17 +1,20 @@
 """The memory as a layer: project, gate, scan, normalise, gate, project."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miras.core.algorithm import GradientDescent
-from miras.core.memory import MLP
+from miras.core.attention import rotate
+from miras.core.memory import MLP, Matrix, Memory
+from miras.core.retention import FDivergence, LqNorm, Retention, Simplex
 from miras.core.rows import Rows
 from miras.core.rule import Rule, State, init_state
-from miras.core.state import Record
+from miras.core.state import Record, Tree
 from miras.nn.gates import Gate, Gates, Precise
 from miras.nn.mixer import Mixer, Projection, heads, merge
 from miras.nn.norm import RMSNorm, unit
@@ -20,10 +23,14 @@ from miras.ops import scan
 
 @dataclass(frozen=True)
 class MemoryState(Record):
-    """A memory layer's state: the memory's own, and the tail of each convolution (B, conv_size - 1, width)."""
+    """A memory layer's state: the memory's own, and the tail of each convolution (B, conv_size - 1, width).
+
+    position: with rotary features "next" (B,) int64, the place of the next token in its document; else empty.
+    """
 
     memory: State
-    tails: dict[str, Tensor]
+    tails: Tree
+    position: Tree = field(default_factory=dict[str, Tensor])
 
 
 TITANS_RULE = Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0))
@@ -33,8 +40,73 @@ DEFAULT_GATES: dict[str, Gate] = {
     "lr": Gate(scale=0.25),
     "momentum": Gate(scale=0.9),
     "forget": Gate(bias=-5.0),
+    "delta": Gate("softplus", bias=0.5413),
+    "radius": Gate("softplus", bias=-2.25),
 }
-"""Stable (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.25, little forgetting."""
+"""Stable (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.25, little forgetting; Huber's
+threshold about 1 and the radius of the robust bias about 0.1 at first."""
+
+
+def elu1(x: Tensor) -> Tensor:
+    """elu(x) + 1: positive, the feature map of linear attention (Katharopoulos et al. 2020, eq. 7)."""
+    return F.elu(x) + 1
+
+
+def identity(x: Tensor) -> Tensor:
+    """x itself."""
+    return x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": identity, "elu1": elu1}
+
+
+@dataclass(frozen=True)
+class Features:
+    """How queries, keys and values are made from their projections, and the read from the memory's answer.
+
+    activation of q and k, values that of v: "silu", "identity", "elu1" (elu + 1). normalize: q and k of length 1.
+    scaled: q times head_dim^-1/2. rotary: q and k rotated by their place in the document (RetNet). keys:
+    "projected"; "forget", the channel-wise forget gate itself (HGRN2: k = 1 - keep); "query", the q of the same
+    token, the control that takes away what keys add. normalizer: a constant 1 is remembered beside v, and the read
+    divided by max(1, |what it became|) (mLSTM). Raises ValueError for an unknown choice.
+    """
+
+    activation: str = "silu"
+    values: str = "silu"
+    normalize: bool = True
+    scaled: bool = False
+    rotary: bool = False
+    keys: Literal["projected", "forget", "query"] = "projected"
+    normalizer: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("activation", tuple(ACTIVATIONS)),
+            ("values", tuple(ACTIVATIONS)),
+            ("keys", ("projected", "forget", "query")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"Features: unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
+                )
+
+    def refusal(self, rule: Rule, gates: Mapping[str, Gate], head_dim: int) -> str | None:
+        """Why these features have no meaning for a memory with that rule, gates and key width, or None."""
+        if self.rotary and head_dim % 2:
+            return f"rotary positions need an even head width, got {head_dim}"
+        if rule.algorithm.steps > 1 and (self.rotary or self.keys != "projected"):
+            return "with several steps per token each has a key of its own: keys='projected', rotary=False"
+        if self.keys == "forget":
+            forget = gates.get("forget")
+            if "forget" not in rule.retention.gates or forget is None or forget.channels != "input":
+                return "keys='forget' takes the forget gate as key: a retention that has one, with channels='input'"
+            if forget.per_weight or not isinstance(rule.memory, Matrix):
+                return "keys='forget' needs one forget gate of the width of a key: a Matrix memory, per_weight=False"
+        return None
+
+
+TITANS_FEATURES = Features()
+"""Titans' queries, keys and values: SiLU behind the convolutions, q and k of length 1."""
 
 
 class InitialMemory(Precise):
@@ -46,20 +118,44 @@ class InitialMemory(Precise):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_heads, *shape)))
 
-    def reset_parameters(self) -> None:
-        """Normal, with deviation scale / sqrt(d_in)."""
+    def reset_parameters(self, retention: Retention) -> None:
+        """Normal with deviation scale / sqrt(d_in), and 0 for vectors (1, d_out), which are added.
+
+        For the L_q map A_0 is such that the weights have that size. Logits, of a simplex, have the deviation
+        `scale`: closer together, all units have the same distribution, and a norm must tell them apart.
+        """
+        logits = isinstance(retention, Simplex | FDivergence)
         for a in self.parameters():
-            nn.init.normal_(a, std=self.scale * a.shape[1] ** -0.5) if self.scale else nn.init.zeros_(a)
+            size = self.scale * (1 if logits else a.shape[1] ** -0.5)
+            if not size or (a.shape[1] == 1 and a.shape[2] > 1):
+                nn.init.zeros_(a)
+                continue
+            nn.init.normal_(a, std=size)
+            if isinstance(retention, LqNorm) and not retention.literal:  # of degree 1
+                with torch.no_grad():
+                    a.mul_(size / retention.link(a).square().mean((-2, -1), keepdim=True).sqrt())
 
     def forward(self, rows: int) -> dict[str, Tensor]:
         return {name: a.expand(rows, *a.shape) for name, a in self.named_parameters()}
 
 
+class OuterParameters(Precise):
+    """What only the outer loop learns of a memory, {name: (H, width)}, in fp32; empty for most memories."""
+
+    def __init__(self, memory: Memory, num_heads: int, d_key: int, d_value: int) -> None:
+        super().__init__()
+        for name, (width, value) in memory.outer(d_key, d_value).items():
+            self.register_parameter(name, nn.Parameter(torch.full((num_heads, width), value)))
+
+    def forward(self) -> dict[str, Tensor]:
+        return dict(self.named_parameters())
+
+
 class MemoryReader(Mixer):
     """From x (B, T, hidden) to what the memory answers, (B, T, H * Dv): papers 1.4 up to the read.
 
-    q, k: linear, convolution, SiLU, l2 norm; v: linear, convolution, SiLU; gates: linear and link. The scan
-    runs in fp32 whatever x is.
+    q, k: linear, convolution, SiLU, l2 norm; v: linear, convolution, SiLU, unless `features` say otherwise; gates:
+    linear and link. With several steps per token k and v have that many parts. The scan runs in fp32 whatever x is.
     """
 
     def __init__(
@@ -72,48 +168,99 @@ class MemoryReader(Mixer):
         value_dim: int,
         conv_size: int,
         initial_scale: float,
+        features: Features = TITANS_FEATURES,
+        rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
-        shapes = rule.memory.shapes(head_dim, value_dim)
-        if initial_scale == 0 and len(shapes) > 1:
+        if reason := features.refusal(rule, gates, head_dim):
+            raise ValueError(f"MemoryReader: {features} has no meaning here: {reason}")
+        held = value_dim + features.normalizer
+        shapes = rule.memory.shapes(head_dim, held)
+        if initial_scale == 0 and sum(d_in > 1 for d_in, _ in shapes.values()) > 1:
             raise ValueError(
                 f"MemoryReader: initial_scale=0 leaves a memory of {len(shapes)} weights where no gradient can move "
                 f"it; give a positive initial_scale"
             )
-        self.rule, self.num_heads = rule, num_heads
-        self.q = Projection(hidden_size, num_heads * head_dim, conv_size)
-        self.k = Projection(hidden_size, num_heads * head_dim, conv_size)
-        self.v = Projection(hidden_size, num_heads * value_dim, conv_size)
-        self.gates = Gates(hidden_size, num_heads, rule, gates)
+        self.rule, self.num_heads, self.features, self.rope_theta = rule, num_heads, features, rope_theta
+        steps, activation = rule.algorithm.steps, ACTIVATIONS[features.activation]
+        self.q = Projection(hidden_size, num_heads * head_dim, conv_size, activation)
+        if features.keys == "projected":
+            self.k = Projection(hidden_size, num_heads * steps * head_dim, conv_size, activation)
+        self.v = Projection(
+            hidden_size, num_heads * steps * value_dim, conv_size, ACTIVATIONS[features.values]
+        )
+        self.paths = ("q", "k", "v") if features.keys == "projected" else ("q", "v")
+        self.gates = Gates(hidden_size, num_heads, rule, gates, head_dim, held)
         self.A0 = InitialMemory(shapes, num_heads, initial_scale)
-        for part in (self.q, self.k, self.v, self.A0):
-            part.reset_parameters()
+        self.outer = OuterParameters(rule.memory, num_heads, head_dim, held)
+        for name in self.paths:
+            getattr(self, name).reset_parameters()
+        self.A0.reset_parameters(rule.retention)
         self.gates.reset_parameters(hidden_size**-0.5 / 4)
 
     def initial(self, rows: int, like: Tensor) -> MemoryState:
-        tails = {name: getattr(self, name).initial(rows, like) for name in ("q", "k", "v")}
-        return MemoryState(init_state(self.rule, self.A0(rows)), tails)
+        tails = {name: getattr(self, name).initial(rows, like) for name in self.paths}
+        memory = init_state(self.rule, self.A0(rows))
+        position = {"next": torch.zeros_like(memory.phase)} if self.features.rotary else {}
+        return MemoryState(memory, tails, position)
 
     def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
         parts, tails = {}, {}
-        for name in ("q", "k", "v"):
+        for name in self.paths:
             y, tails[name] = getattr(self, name)(x, state.tails[name], rows)
-            parts[name] = heads(y, self.num_heads).to(self.gates.proj.weight.dtype)
-        gates = self.gates(x)
+            parts[name] = heads(y, self.num_heads).to(self.gates.dtype())
+        gates, position = self.gates(x), state.position
         with torch.autocast(x.device.type, enabled=False):
+            q, k, v = self._inputs(parts, gates)
+            if self.features.rotary:
+                at, position = places(position["next"], rows, x.shape[1])
+                q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
             y, memory = scan(
                 self.rule,
                 state.memory,
-                unit(parts["q"]),
-                unit(parts["k"]),
-                parts["v"],
+                q,
+                k,
+                v,
                 gates,
                 valid=rows.valid(x.shape[1]),
                 write=rows.write,
                 reset=rows.reset,
                 initial=None if rows.reset is None else self.A0(x.shape[0]),
+                outer=self.outer(),
             )
-        return merge(y).to(x.dtype), MemoryState(memory, tails)
+            if self.features.normalizer:
+                y = y[..., :-1] / y[..., -1:].abs().clamp_min(1)
+        return merge(y).to(x.dtype), MemoryState(memory, tails, position)
+
+    def _inputs(self, parts: Tree, gates: Tree) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, Dk), k and v as the scan takes them."""
+        features, steps = self.features, self.rule.algorithm.steps
+        size = unit if features.normalize else identity
+        q, v = size(parts["q"]), parts["v"]
+        if steps > 1:
+            parts["k"], v = (x.unflatten(-1, (steps, -1)) for x in (parts["k"], v))
+        if features.keys == "projected":
+            k = size(parts["k"])
+        else:
+            k = q if features.keys == "query" else gates["forget"][..., 0]
+        if features.normalizer:
+            v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+        return q * q.shape[-1] ** -0.5 if features.scaled else q, k, v
+
+
+def places(start: Tensor, rows: Rows, T: int) -> tuple[Tensor, Tree]:
+    """Each token's place in its document, (B, T) int64, and {"next": the place after the last one}."""
+    if T == 0:
+        return start[:, None].expand(-1, 0), {"next": start}
+    step = torch.arange(T, device=start.device)
+    at = start[:, None] + step
+    if rows.reset is not None:
+        begun = torch.where(rows.reset, step + 1, 0).cummax(1).values
+        at = torch.where(begun > 0, step + 1 - begun, at)
+    if rows.length is None:
+        return at, {"next": at[:, -1] + 1}
+    last = at.gather(1, (rows.length - 1).clamp_min(0)[:, None])[:, 0]
+    return at, {"next": torch.where(rows.length > 0, last + 1, start)}
 
 
 class MemoryLayer(Mixer):
@@ -122,7 +269,8 @@ class MemoryLayer(Mixer):
     hidden_size, num_heads; `rule` the four choices; `gates` how the gates that the rule reads are made;
     `head_dim` the key width (default hidden_size / num_heads), `value_dim` the value width (default head_dim);
     `conv_size` taps of the convolutions behind the projections, 0 for none; `initial_scale` the deviation of
-    the initial memory times sqrt(d_in).
+    the initial memory times sqrt(d_in); `features` how queries and keys are made, `rope_theta` the base of their
+    rotary positions where they have them.
     """
 
     def __init__(
@@ -136,6 +284,8 @@ class MemoryLayer(Mixer):
         value_dim: int | None = None,
         conv_size: int = 4,
         initial_scale: float = 1.0,
+        features: Features = TITANS_FEATURES,
+        rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -150,6 +300,8 @@ class MemoryLayer(Mixer):
             value_dim,
             conv_size,
             initial_scale,
+            features,
+            rope_theta,
         )
         self.norm = RMSNorm(value_dim, eps=norm_eps)
         self.gate = nn.Linear(hidden_size, num_heads * value_dim, bias=False)

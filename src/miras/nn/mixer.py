@@ -1,6 +1,7 @@
 """What every token mixer is: (x, state) -> (y, state), whole, in pieces, ragged or token by token."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,13 +46,20 @@ class Mixer(nn.Module, ABC):
 
 
 class Projection(nn.Module):
-    """A linear map, then (unless conv_size is 0) a causal depthwise convolution and SiLU: x -> (y, tail).
+    """A linear map, then (unless conv_size is 0) a causal depthwise convolution and an activation: x -> (y, tail).
 
-    The order is Gated DeltaNet's, which Titans follows (papers: Titans 4.4, kernel size 4).
+    The order is Gated DeltaNet's, which Titans follows (papers: Titans 4.4, SiLU and kernel size 4).
     """
 
-    def __init__(self, hidden_size: int, width: int, conv_size: int) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        conv_size: int,
+        activation: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.proj = nn.Linear(hidden_size, width, bias=False)
         self.conv = nn.Parameter(torch.empty(width, conv_size)) if conv_size else None
 
@@ -72,7 +80,7 @@ class Projection(nn.Module):
         y = self.proj(x)
         if self.conv is not None:
             y, tail = conv(y, tail.to(y.dtype), self.conv.to(y.dtype), length=rows.length, reset=rows.reset)
-        return torch.nn.functional.silu(y), tail
+        return self.activation(y), tail
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:

@@ -12,7 +12,7 @@ from miras.core.rule import Rule
 from miras.core.state import Record
 from miras.nn.attention import AttentionReader
 from miras.nn.gates import Gate
-from miras.nn.memory import DEFAULT_GATES, MemoryReader, MemoryState
+from miras.nn.memory import DEFAULT_GATES, TITANS_FEATURES, Features, MemoryReader, MemoryState
 from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
 
@@ -44,6 +44,7 @@ class MemoryAsGate(Mixer):
         num_persistent: int = 0,
         conv_size: int = 4,
         initial_scale: float = 1.0,
+        features: Features = TITANS_FEATURES,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
     ) -> None:
@@ -62,6 +63,8 @@ class MemoryAsGate(Mixer):
             head_dim,
             conv_size,
             initial_scale,
+            features,
+            rope_theta,
         )
         self.norm_a = RMSNorm(width, eps=norm_eps)
         self.norm_b = RMSNorm(width, eps=norm_eps)

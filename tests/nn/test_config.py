@@ -1,0 +1,211 @@
+"""Configs on disk: old ones, choices from elsewhere, functions; and the overrides that are ablations."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import miras
+from miras.core.algorithm import GradientAscent, GradientDescent
+from miras.core.bias import Bias
+from miras.core.memory import MLP, Matrix
+from miras.core.retention import Bregman, FDivergence, Keep
+from miras.core.rule import Rule, link
+from miras.nn.config import ModelConfig
+from miras.nn.folder import load_model, save_model
+from miras.nn.gates import Gate
+from miras.nn.lm import LM
+from miras.nn.memory import Features
+from miras.presets import LAST_LAYER, SOURCES, preset, presets
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2}
+
+
+@dataclass(frozen=True)
+class Cosh(Bias):
+    """log cosh of the residual: a choice that the library does not have."""
+
+    width: float = 1.0
+
+    def loss(self, pred, target, gates):
+        return ((pred - target) / self.width).cosh().log().sum(-1)
+
+
+def softsign(x):
+    return x / (1 + x.abs())
+
+
+def through(config, **options):
+    return ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())), **options)
+
+
+def refused(message):
+    return pytest.raises(ValueError, match=re.escape(message))
+
+
+def test_a_choice_from_elsewhere(tmp_path):
+    config = preset("titans-linear", bias=Cosh(2.0), **SMALL)
+    written = config.to_dict()["rule"]["bias"]
+    assert written == {"name": f"{__name__}:Cosh", "width": 2.0}
+    with refused(f"names code to import and run, {__name__}:Cosh"):
+        through(config)
+    assert through(config, trust_remote_code=True) == config
+    torch.manual_seed(0)
+    save_model(LM(config), tmp_path / "m")
+    with refused("trust_remote_code=True"):
+        load_model(tmp_path / "m")
+    assert load_model(tmp_path / "m", trust_remote_code=True).config == config
+    gone = config.to_dict()
+    gone["rule"]["bias"] = {"name": "no_such_package.biases:Cosh"}
+    with refused("no_such_package.biases:Cosh cannot be imported"):
+        ModelConfig.from_dict(gone, trust_remote_code=True)
+
+    class Local(Cosh):
+        pass
+
+    with refused("define it by name at the top level of a module"):
+        preset("titans-linear", bias=Local(), **SMALL).to_dict()
+
+
+def test_functions():
+    config = preset("titans-linear", retention=Bregman(torch.tanh), **SMALL)
+    assert config.to_dict()["rule"]["retention"]["inverse"] == {"function": "torch:tanh"}
+    assert through(config) == config
+    softplus = preset("titans-linear", retention=FDivergence(torch.nn.functional.softplus), **SMALL)
+    assert through(softplus) == softplus
+    own = preset("titans-linear", retention=Bregman(softsign), **SMALL)
+    with refused(f"{__name__}:softsign"):
+        through(own)
+    assert through(own, trust_remote_code=True) == own
+    with refused("define it by name at the top level of a module"):
+        preset("titans-linear", retention=Bregman(lambda x: x), **SMALL).to_dict()
+    evil = own.to_dict()
+    for path in ("torch:load", "torch.hub:load", "os:system", "torch:serialization.load", "torch:"):
+        evil["rule"]["retention"]["inverse"] = {"function": path}
+        with refused("names code to import and run"):
+            ModelConfig.from_dict(evil)
+
+
+def test_only_what_is_new_and_used_is_written():
+    old = preset("titans-lmm", **SMALL).to_dict()
+    assert "features" not in old and set(old["gates"]["lr"]) == {"link", "scale", "bias", "per_weight"}
+    assert set(old["rule"]["algorithm"]) == {"name", "momentum", "step_bound"}
+    assert set(old["rule"]["memory"]) == {"name", "depth", "expansion", "residual", "norm"}
+    new = preset("mlstm", **SMALL).to_dict()
+    assert new["features"] == {"values": "identity", "normalize": False, "scaled": True, "normalizer": True}
+    assert new["gates"]["forget"]["spread"] == 3.0
+
+
+def test_every_preset_has_a_source():
+    assert set(SOURCES) == set(presets())
+
+
+ABLATIONS = {
+    "momentum": {"algorithm": GradientDescent(step_bound=1.0)},
+    "forgetting": {"retention": Keep()},
+    "convolution": {"conv_size": 0},
+    "persistent": {"num_persistent": 0},
+    "linear": {"memory": Matrix()},
+    "constant": {"gates": {"lr": Gate(scale=0.25, source="constant")}},
+    "first-order": {"algorithm": GradientDescent(momentum=True, step_bound=10.0, first_order=True)},
+    "ascent": {"algorithm": GradientAscent(momentum=True, step_bound=10.0)},
+    "query": {"features": Features(keys="query")},
+    "last": {"gates": LAST_LAYER},
+}
+
+
+@pytest.mark.parametrize("kind", ABLATIONS)
+def test_an_ablation_is_one_override(kind):
+    base = preset("titans-mag", window_size=4, num_persistent=2, **SMALL)
+    config = miras.presets.override(base, **ABLATIONS[kind])
+    assert config != base and through(config) == config
+    made = []
+    for each in (base, config):
+        torch.manual_seed(0)
+        made.append(LM(each))
+    tokens = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
+    (before, _), (after, state) = (model(tokens) for model in made)
+    after.square().mean().backward()
+    assert after.isfinite().all()
+    if kind == "first-order":
+        assert torch.equal(before, after)
+    else:
+        assert (before - after).abs().max() > 1e-4
+    memory = state.layers[0].memory.memory
+    if kind == "last":
+        start = made[1].model.layers[0].mixer.memory.A0(2)
+        assert torch.equal(memory.A["w1"], start["w1"]) and not torch.equal(memory.A["w2"], start["w2"])
+    if kind == "query":
+        assert not [n for n, _ in made[1].named_parameters() if "memory.k." in n]
+
+
+def test_moneta_begins_with_weights_of_the_size_that_is_asked():
+    torch.manual_seed(0)
+    config = preset("moneta", **SMALL)
+    A0 = LM(config).model.layers[0].mixer.reader.A0(1)
+    for name, w in link(config.rule, A0).items():
+        rms = w.square().mean((-2, -1)).sqrt()
+        torch.testing.assert_close(rms, torch.full_like(rms, 2.0 * A0[name].shape[-2] ** -0.5))
+
+
+@torch.no_grad()
+def test_hgrn2_writes_what_it_forgets():
+    torch.manual_seed(0)
+    reader = LM(preset("hgrn2", **SMALL)).model.layers[0].mixer.reader
+    x = torch.randn(1, 5, 16)
+    assert reader.paths == ("q", "v")
+    gates = reader.gates(x)
+    _, k, _ = reader._inputs({n: torch.randn(1, 2, 5, 8) for n in "qv"}, gates)
+    assert torch.equal(k, gates["forget"][..., 0])
+
+
+@pytest.mark.parametrize("name", ["retnet", "mlstm"])
+@torch.no_grad()
+def test_features_of_a_head_by_hand(name):
+    # Token by token, with sums over the past written out; A_0 is 0.
+    torch.manual_seed(0)
+    reader = LM(preset(name, conv_size=0, **SMALL)).double().model.layers[0].mixer.reader
+    T, x = 9, torch.randn(1, 9, 16, dtype=torch.float64)
+    q, k, v = (getattr(reader, n).proj(x).view(T, 2, 8) for n in "qkv")
+    if name == "mlstm":
+        q, k = (torch.nn.functional.silu(z) for z in (q, k))
+    gates = {n: g[0] for n, g in reader.gates(x).items()}  # (H, T)
+    y = torch.zeros(T, 2, 8, dtype=torch.float64)
+    rate = 10_000 ** (-torch.arange(4, dtype=torch.float64) / 4)
+    for h in range(2):
+        for t in range(T):
+            total, n = torch.zeros(8, dtype=torch.float64), 0.0
+            for s in range(t + 1):
+                keep = (1 - gates["forget"][h, s + 1 : t + 1]).prod()
+                if name == "retnet":  # a rotation by the distance, as complex numbers
+                    turn = torch.polar(torch.ones(4, dtype=torch.float64), (t - s) * rate)
+                    a, b = (torch.complex(z[:4], z[4:]) for z in (q[t, h], k[s, h]))
+                    score = (a * turn * b.conj()).real.sum()
+                else:
+                    score = q[t, h] @ k[s, h]
+                share = keep * gates["lr"][h, s] * score / 8**0.5
+                total, n = total + share * v[s, h], n + share
+            y[t, h] = total / max(1.0, abs(n)) if name == "mlstm" else total
+    torch.testing.assert_close(reader(x)[0].view(T, 2, 8), y, rtol=0, atol=1e-12)
+
+
+def test_features_that_have_no_meaning():
+    for changed, message in (
+        (
+            {"features": Features(rotary=True), "head_dim": 7},
+            "rotary positions need an even head width, got 7",
+        ),
+        ({"features": Features(keys="forget")}, "a retention that has one, with channels='input'"),
+        (
+            {"features": Features(keys="query"), "rule": Rule(Matrix(), algorithm=GradientDescent(steps=2))},
+            "with several steps per token each has a key of its own",
+        ),
+        ({"features": Features(normalizer=True), "memory": MLP()}, "needs equal key and value widths"),
+    ):
+        with refused(message):
+            LM(preset("titans-linear", **SMALL | changed))
+    with refused("Features: unknown activation 'gelu'; choose one of silu, identity, elu1"):
+        Features(activation="gelu")
+    assert replace(Features(), keys="query").keys == "query"
