@@ -131,7 +131,9 @@ def name(rule: Rule) -> str:
 class Problem:
     """A rule, its tensors (fp64, requiring gradients) and random masks, all from one seed."""
 
-    def __init__(self, rule: Rule, seed: int, T: int | None = None, B: int = 3, H: int = 2) -> None:
+    def __init__(
+        self, rule: Rule, seed: int, T: int | None = None, B: int = 3, H: int = 2, channels: bool = True
+    ) -> None:
         self.rule, self.random = rule, random.Random(seed)
         g = torch.Generator().manual_seed(seed)
         wide = rule in WIDE
@@ -164,7 +166,7 @@ class Problem:
                 shape: tuple[int, ...] = (B, H, T)
                 if gate == "lr" and steps:
                     shape = (*shape, *steps)
-                elif wide and self.random.random() < 0.4:
+                elif wide and channels and self.random.random() < 0.4:
                     shape = self.random.choice([shape, *self.channels(gate, tail, shapes, Dv)])
                 value = torch.rand(*shape, generator=g, dtype=torch.float64)
                 largest = {"lr": 0.2, "forget": 0.2, "momentum": 0.8}.get(gate, 1.0)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Dot
-from miras.core.memory import MLP, Matrix
+from miras.core.memory import MLP, Matrix, Weights
 from miras.core.retention import Decay
 from miras.core.rule import Rule, init_state, recurrence
 from miras.core.scan import scan
@@ -157,7 +157,10 @@ def test_a_deep_memory_with_residual_and_norm():
     # LN = [1, -1] / sqrt(1 + 1e-5), so M = [1 + r, -r] with r = 1 / sqrt(1.00001).
     memory, r = MLP(depth=1), 1.00001**-0.5
     W = torch.tensor([[3.0, 1.0], [5.0, 7.0]], dtype=torch.float64)
-    y = memory.apply(torch.tensor([1.0, 0.0], dtype=torch.float64), lambda name, x: x @ W)
+    y = memory.apply(
+        torch.tensor([1.0, 0.0], dtype=torch.float64),
+        Weights(linear=lambda name, x: x @ W, scale=lambda name, x: x),
+    )
     is_close(y.tolist(), [1 + r, -r])
 
 

@@ -105,7 +105,7 @@ def test_nbytes_counts_every_tensor():
     record = nested(3)
     numbers = sum(x.numel() for x in record.tensors().values())  # all of 8 bytes: float64 and int64
     assert record.nbytes() == 8 * numbers
-    memory = H * (3 * 2 * D * 2 * D + 2 + 5 * D + 2 * 5) + 1
+    memory = H * (4 * 2 * D * 2 * D + 5 * D + 2 * 5) + 1  # A, S, anchor, retained; keys, steps; phase
     assert fresh(1).nbytes() == 8 * memory
 
 

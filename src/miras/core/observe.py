@@ -20,9 +20,11 @@ class Observation:
 
     calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict[str, list[dict[str, Tensor]]])
     layer: str = "memory"
+    steps: int = 1
 
     def record(self, values: dict[str, Tensor]) -> None:
-        """Append the values (B, H, T) of one call."""
+        """Append the values (B, H, T) of one call; of tokens that take several steps, those of the last one."""
+        values = {n: x[..., self.steps - 1 :: self.steps] for n, x in values.items()}
         self.calls.setdefault(self.layer, []).append(values)
 
     def __getitem__(self, layer: str) -> dict[str, Tensor]:
@@ -65,3 +67,17 @@ def layer(name: str) -> Generator[None, None, None]:
         yield
     finally:
         seen.layer = before
+
+
+@contextmanager
+def per_token(steps: int) -> Generator[None, None, None]:
+    """Inside the block every token is recorded as `steps` of them."""
+    seen = _open.get()
+    if seen is None:
+        yield
+        return
+    before, seen.steps = seen.steps, steps
+    try:
+        yield
+    finally:
+        seen.steps = before

@@ -12,7 +12,7 @@ from torch import Tensor
 from miras.core.algorithm import Algorithm, GradientDescent, bound_factors
 from miras.core.bias import L2, Bias
 from miras.core.memory import Matrix, Memory, Weights
-from miras.core.observe import observing
+from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Retention
 from miras.core.state import Record, Tree, choose, ordinary
 
@@ -274,8 +274,8 @@ def _check_gates(
             allowed += [(1, mine[0][1])] * (len({m[1] for m in mine}) == 1)
             if base == "lr" and not rule.algorithm.channelwise:
                 allowed = []
-            varies = "input" if gate.dim() == 5 and gate.shape[3] > 1 else "output"
-            if base == "forget" and gate.dim() == 5 and rule.retention.along in (varies, "all"):
+            varies = gate.dim() == 5 and gate.shape[3:].numel() > 1 and ("output", "input")[gate.shape[3] > 1]
+            if base == "forget" and varies and rule.retention.along in (varies, "all"):
                 raise ValueError(
                     f"scan: gate {name!r} varies along the axis over which {rule.retention} normalises; forgetting "
                     f"must be constant there (MIRAS' log-domain form): give it per head or along the other axis; "
@@ -371,7 +371,8 @@ def recurrence(
         reads.append(y)
         seen.append(trace)
     if (observation := observing()) is not None:
-        observation.record({name: torch.cat([s[name] for s in seen], -1) for name in seen[0]})
+        with per_token(steps):
+            observation.record({name: torch.cat([s[name] for s in seen], -1) for name in seen[0]})
     return torch.cat(reads[steps - 1 :: steps], 2), state
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from miras.core.algorithm import bound_factors
 from miras.core.dual import accumulate, fast_advance, fast_read, hold, products, release
 from miras.core.memory import Weights
-from miras.core.observe import observe, observing
+from miras.core.observe import observe, observing, per_token
 from miras.core.rule import (
     Inputs,
     Masks,
@@ -77,7 +77,8 @@ def scan(
     steps = rule.algorithm.steps
     rule, inputs, masks = unrolled(rule, (q, k, v, gates), masks)
     run = dual if has_dual_form(rule, inputs[3]) else formed_per_token
-    y, state = chunked(run, rule, state, fresh, inputs, masks, outer or {})
+    with per_token(steps):
+        y, state = chunked(run, rule, state, fresh, inputs, masks, outer or {})
     return y[:, :, steps - 1 :: steps], state
 
 
@@ -436,6 +437,8 @@ def dual(
     if state.S:
         S = {n: release(held[n], a.shape[-2] > a.shape[-1], 2)[1] for n, a in state.A.items()}
         state = replace(state, S=S)
+    # In one layout whether it was held or loaded: a product's rounding depends on it, and resuming is bit for bit.
+    state = state.map(torch.Tensor.contiguous)
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
 
 

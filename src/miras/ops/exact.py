@@ -17,7 +17,7 @@ from miras.core.algorithm import Algorithm, GradientDescent
 from miras.core.bias import L2, Dot
 from miras.core.dual import accumulate, products, release
 from miras.core.memory import Matrix
-from miras.core.observe import observing
+from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Keep
 from miras.core.rule import Inputs, Masks, Rule, State, check, init_state, unrolled
 from miras.core.scan import Chunks, Coefficients, chunked, dual
@@ -76,7 +76,8 @@ def blockwise(
     )
     at_once = type(rule.bias) is Dot and not rule.algorithm.momentum and observing() is None
     run = _all_blocks if at_once else partial(dual, factors=partial(_solved, rule.retention.decayed))
-    y, after = chunked(run, tile, _opened(state), fresh, inputs, masks, {})
+    with per_token(steps):
+        y, after = chunked(run, tile, _opened(state), fresh, inputs, masks, {})
     closed = replace(state, A=after.A, S=after.S, anchor=after.A)
     return y[:, :, steps - 1 :: steps], closed
 
