@@ -4,6 +4,7 @@ Both are trained on the same lanes of text with carried state, then read held-ou
 
     python benchmarks/reading.py                                   # the embedded novel, its last chapters held out
     python benchmarks/reading.py --equal-time 0 1 2                # then also twins of equal CPU time
+    python benchmarks/reading.py --window 64 --out runs/reading64  # attention that sees more
     python benchmarks/reading.py --text novels.tar.xz --heldout Treasure Women    # other text, books held out by name
 
 Resumable: a run that is there is not trained again, so use another --out for other settings.
@@ -18,15 +19,37 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from miras.core.algorithm import GradientDescent
+from miras.core.memory import Matrix
+from miras.core.rule import Rule
 from miras.data.novel import load_novel
 from miras.data.text import read_documents
-from miras.demo.reading_act import BATCH, CHUNK, LENGTH, reading_config
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, save_model
+from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.presets import attention_twin
+from miras.presets import attention_twin, preset
 from miras.train.loop import Run, Settings
 from miras.train.tasks import TextTask
+
+BATCH, LENGTH, CHUNK = 8, 256, 16
+
+
+def reading_config(window: int) -> ModelConfig:
+    """A small byte-level titans-mag with a linear memory, whose gate lets attention through while it knows nothing."""
+    return preset(
+        "titans-mag",
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_heads=2,
+        window_size=window,
+        num_persistent=4,
+        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=2.0), chunk_size=CHUNK),
+        gates={"lr": Gate(), "momentum": Gate(scale=0.5), "forget": Gate(bias=-6.0)},
+        mag_gate="sigmoid",
+        initial_scale=0.0,
+        tie_word_embeddings=True,
+    )
 
 
 def text(sources: list[str], heldout: list[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -70,7 +93,8 @@ def main() -> None:
     parser.add_argument("--text", nargs="*", default=[])
     parser.add_argument("--heldout", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--window", type=int, default=16, help="tokens that attention sees, in both models")
     parser.add_argument(
         "--equal-time", type=int, nargs="*", default=[], help="seeds whose twin also gets equal time"
     )
@@ -82,7 +106,7 @@ def main() -> None:
     if options.text and not options.heldout:
         parser.error("--text needs --heldout: parts of the names of the books to hold out")
     tokens, offsets, held = text(options.text, options.heldout)
-    memory = reading_config()
+    memory = reading_config(options.window)
     twin = attention_twin(memory)
     rows = []
     for seed in options.seeds:
@@ -131,7 +155,7 @@ def train(
     """Train one model and keep it in a folder."""
     torch.manual_seed(seed)
     task = TextTask(tokens, offsets, batch_size=BATCH, seq_len=LENGTH, align=CHUNK, seed=seed)
-    run = Run(LM(config), task, Settings(steps=steps, lr=4e-3, warmup=30, weight_decay=0.05))
+    run = Run(LM(config), task, Settings(steps=steps, lr=4e-3, warmup=50, weight_decay=0.05))
     began = time.process_time()
     for row in run.until(steps):
         if row["step"] % 100 == 0:

@@ -56,6 +56,9 @@ FIRST_WRITTEN = {
 """Fields that are written whatever they hold, by class; others only where they differ from their default. So what a
 model is called, the hash of its config, does not change when a class gets a new field."""
 
+MAG_GATES = ("silu", "sigmoid")
+"""What memory as gate may apply to its normed read."""
+
 MIXERS = ("attention", "memory", "mag")
 """What a layer may be made of."""
 
@@ -69,8 +72,8 @@ class ModelConfig:
     up to 16. rule: the memory's four choices; gates: how its gates are made where that differs from the
     defaults, by name or by name.weight for one weight of the memory; features: how its queries and keys are made;
     conv_size: taps behind its projections; initial_scale: deviation of the initial memory times sqrt(d_in).
-    window_size: tokens of sliding-window attention, None for full; num_persistent: persistent
-    tokens. Raises ValueError for sizes that do not fit.
+    mag_gate: "silu" or "sigmoid", how memory as gate lets attention through (Titans 4.2 leaves it open).
+    window_size: tokens of sliding-window attention, None for full; num_persistent: persistent tokens. Raises ValueError for sizes that do not fit.
     """
 
     vocab_size: int = 256
@@ -85,6 +88,7 @@ class ModelConfig:
     conv_size: int = 4
     initial_scale: float = 1.0
     features: Features = TITANS_FEATURES
+    mag_gate: str = "silu"
     window_size: int | None = None
     num_persistent: int = 0
     rope_theta: float = 10_000.0
@@ -99,6 +103,10 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; "
                 f"change one of them or give head_dim"
+            )
+        if self.mag_gate not in MAG_GATES:
+            raise ValueError(
+                f"ModelConfig: mag_gate must be one of {', '.join(MAG_GATES)}, got {self.mag_gate!r}"
             )
         unknown = [name for name in self.pattern if name not in MIXERS]
         if unknown or not self.pattern:

@@ -83,7 +83,7 @@ def build_mixer(config: ModelConfig, name: str) -> Mixer:
     builders: dict[str, Any] = {
         "attention": lambda: AttentionLayer(**sizes, **attend),
         "memory": lambda: MemoryLayer(**sizes, **memory, rope_theta=config.rope_theta),
-        "mag": lambda: MemoryAsGate(**sizes, **attend, **memory),
+        "mag": lambda: MemoryAsGate(**sizes, **attend, **memory, gate=config.mag_gate),
     }
     return builders[name]()
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,10 +27,10 @@ class GatedState(Record):
 
 
 class MemoryAsGate(Mixer):
-    """MAG: sliding-window attention and a memory side by side, o = out(norm_a(y) * silu(norm_b(m))).
+    """MAG: sliding-window attention and a memory side by side, o = out(norm_a(y) * gate(norm_b(m))).
 
-    y = attention(x), m = memory(x) (Titans eq. 26 to 28). Both read the same x; persistent tokens are seen by
-    the attention only.
+    y = attention(x), m = memory(x) (Titans eq. 26 to 28), `gate` "silu" or "sigmoid". Both read the same x;
+    persistent tokens are seen by the attention only.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class MemoryAsGate(Mixer):
         features: Features = TITANS_FEATURES,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
+        gate: str = "silu",
     ) -> None:
         super().__init__()
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
@@ -68,6 +70,7 @@ class MemoryAsGate(Mixer):
         )
         self.norm_a = RMSNorm(width, eps=norm_eps)
         self.norm_b = RMSNorm(width, eps=norm_eps)
+        self.activation = {"silu": F.silu, "sigmoid": torch.sigmoid}[gate]
         self.out = nn.Linear(width, hidden_size, bias=False)
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
 
@@ -77,4 +80,4 @@ class MemoryAsGate(Mixer):
     def mix(self, x: Tensor, state: GatedState, rows: Rows) -> tuple[Tensor, GatedState]:
         y, window = self.attention.mix(x, state.attention, rows)
         m, memory = self.memory.mix(x, state.memory, rows)
-        return self.out(self.norm_a(y) * F.silu(self.norm_b(m))), GatedState(window, memory)
+        return self.out(self.norm_a(y) * self.activation(self.norm_b(m))), GatedState(window, memory)
