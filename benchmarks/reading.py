@@ -36,7 +36,7 @@ BATCH, LENGTH, CHUNK = 8, 256, 16
 
 
 def reading_config(window: int) -> ModelConfig:
-    """A small byte-level titans-mag with a linear memory, whose gate lets attention through while it knows nothing."""
+    """A small byte-level titans-mag: linear memory, a gate that is half open while it knows nothing."""
     return preset(
         "titans-mag",
         hidden_size=96,

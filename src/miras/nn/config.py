@@ -73,7 +73,8 @@ class ModelConfig:
     defaults, by name or by name.weight for one weight of the memory; features: how its queries and keys are made;
     conv_size: taps behind its projections; initial_scale: deviation of the initial memory times sqrt(d_in).
     mag_gate: "silu" or "sigmoid", how memory as gate lets attention through (Titans 4.2 leaves it open).
-    window_size: tokens of sliding-window attention, None for full; num_persistent: persistent tokens. Raises ValueError for sizes that do not fit.
+    window_size: tokens of sliding-window attention, None for full; num_persistent: persistent tokens. Raises
+    ValueError for sizes that do not fit.
     """
 
     vocab_size: int = 256
