@@ -38,9 +38,16 @@ WIDTH, HEADS = 256, 4
 
 
 def textbook(
-    rule: miras.Rule, state: object, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], **_: object
+    rule: miras.Rule,
+    state: miras.State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: dict[str, Tensor],
+    **_: object,
 ):
     """(B, H, T, D) through the chunkwise form that papers print; q, k, v as the layer makes them."""
+    gates = {name.removesuffix(".w"): gate for name, gate in gates.items()}
     lr = gates["lr"]
     forget = gates.get("forget", torch.zeros_like(lr))
     if isinstance(rule.algorithm, miras.Implicit):
@@ -48,7 +55,7 @@ def textbook(
     if forget.dim() == 5:
         return by_channel(q, k, v * lr[..., None], torch.log1p(-forget[..., 0])), state
     if rule.algorithm.momentum:
-        return with_momentum(q, k, v, lr, forget, gates["momentum"], rule.chunk_size), state
+        return with_momentum(q, k, v, lr, forget, gates["momentum"], state.A["w"], rule.chunk_size), state
     if isinstance(rule.bias, miras.Dot):
         return hebbian(q, k, v * lr[..., None], torch.log1p(-forget)), state
     return delta(q, k, v, lr, torch.log1p(-forget)), state
@@ -109,7 +116,7 @@ def by_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 
 
 def with_momentum(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, forget: Tensor, momentum: Tensor, C: int
+    q: Tensor, k: Tensor, v: Tensor, lr: Tensor, forget: Tensor, momentum: Tensor, A: Tensor, C: int
 ) -> Tensor:
     """Gradients at the block's start for blocks of C > 1, exact through a solve for C = 1 (in blocks of 64)."""
     exact, C = C == 1, 64 if C == 1 else C
@@ -117,7 +124,7 @@ def with_momentum(
     (a, K), (m, M) = decays(keep), decays(momentum)
     H = M * lr[..., None, :]
     G, first = K @ H, (K @ m.exp()[..., None])
-    A = S = torch.zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
+    S = torch.zeros_like(A)
     out, met = [], (q @ k.mT) * G
     shift = torch.cat([torch.zeros_like(G[..., :1, :]), G[..., :-1, :]], -2)
     inner = (k @ k.mT) * shift + torch.eye(C)
@@ -173,7 +180,8 @@ def main() -> None:
     )
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name in options.presets:
-        config = miras.preset(name, hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=1)
+        # At chunk_size 1, where titans-linear is the unchunked rule and has no step bound.
+        config = miras.preset(name, hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=1, chunk_size=1)
         layer = build_mixer(config, config.mixer(0))
         times: dict[str, list[float]] = {"ours": [], "textbook": []}
         for _ in range(options.rounds + 1):
