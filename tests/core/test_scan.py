@@ -109,3 +109,26 @@ def test_observation_is_the_same_on_both_paths(rule):
     for n, x in slow["memory"].items():
         assert x.shape == (problem.B, problem.H, problem.T), n
     same(fast["memory"], slow["memory"])
+
+
+SECOND = [rule for rule in RULES if rule.chunk_size == 3][:: len(RULES) // 12]
+
+
+@pytest.mark.parametrize("rule", SECOND, ids=name)
+def test_second_outer_derivatives(rule, monkeypatch):
+    monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
+    problem = Problem(rule, seed=RULES.index(rule) + 7000, T=7, B=1, H=1)
+    leaves = list(problem.leaves().values())
+    found = []
+    for function in (scan, recurrence):
+        y, _ = problem.run(function, [slice(0, problem.T)])
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True, allow_unused=True)
+        total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
+        second = torch.autograd.grad(total, leaves, allow_unused=True)
+        found.append(
+            {
+                n: torch.zeros_like(x) if g is None else g
+                for n, x, g in zip(problem.leaves(), leaves, second, strict=True)
+            }
+        )
+    same(*found, tolerance=1e-7)

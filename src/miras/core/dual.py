@@ -92,11 +92,16 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _recorded(
-    ctx: Any, fn: Callable[..., Any], grads: tuple[Tensor | None, ...]
+    ctx: Any,
+    fn: Callable[..., Any],
+    grads: tuple[Tensor | None, ...],
+    saved: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients through recorded operations, for a caller who wants to differentiate them again."""
-    inputs, needed = ctx.saved_tensors, ctx.needs_input_grad
+    needed = ctx.needs_input_grad
     with torch.enable_grad():
+        # Inputs may depend on each other; aliases do not, so that each gets its own gradient and no other's.
+        inputs = [x.view_as(x) for x in (ctx.saved_tensors if saved is None else saved)]
         outputs = fn(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
@@ -235,6 +240,14 @@ def accumulate(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
     return _Accumulate.apply(a, b, initial)
 
 
+def _accumulated(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
+    x, xs = initial, list[Tensor]()
+    for share, new in zip(a.unbind(2), b.unbind(2), strict=True):
+        x = share * x + new
+        xs.append(x)
+    return torch.stack(xs, 2)
+
+
 class _Accumulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
@@ -250,15 +263,7 @@ class _Accumulate(torch.autograd.Function):
         (g,) = grads
         a, b, initial, out = ctx.saved_tensors
         if torch.is_grad_enabled():
-            ctx_inputs = (a, b, initial)
-            with torch.enable_grad():
-                x, xs = initial, []
-                for share, new in zip(a.unbind(2), b.unbind(2), strict=True):
-                    x = share * x + new
-                    xs.append(x)
-                wanted = [t for t, need in zip(ctx_inputs, ctx.needs_input_grad, strict=True) if need]
-                found = iter(torch.autograd.grad(torch.stack(xs, 2), wanted, g, create_graph=True))
-            return tuple(next(found) if need else None for need in ctx.needs_input_grad)
+            return _recorded(ctx, _accumulated, (g,), (a, b, initial))
         by_b = torch.empty_like(b)
         shares, parts = a.unbind(2), list(zip(by_b.unbind(2), g.unbind(2), strict=True))
         after = None

@@ -376,9 +376,11 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()
-        inputs = ctx.saved_tensors
-        if not again:
-            inputs = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+        # Inputs may depend on each other; aliases do not, so that each gets its own gradient and no other's.
+        inputs = [
+            x.view_as(x) if again else x.detach().requires_grad_(need)
+            for x, need in zip(ctx.saved_tensors, needed, strict=True)
+        ]
         with torch.enable_grad(), observe(active=False):
             outputs = ctx.fn(*inputs)
         pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]

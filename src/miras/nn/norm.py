@@ -35,6 +35,7 @@ class _Unit(torch.autograd.Function):
         x, y, size = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone differentiates once more
             with torch.enable_grad():
+                x = x.view_as(x)
                 (by_x,) = torch.autograd.grad(F.normalize(x, dim=-1, eps=ctx.eps), x, g, create_graph=True)
             return by_x, None
         along = (g * y).sum(-1, keepdim=True) * (size > ctx.eps)
