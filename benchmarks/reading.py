@@ -36,7 +36,7 @@ BATCH, LENGTH, CHUNK = 8, 256, 16
 
 
 def reading_config(window: int) -> ModelConfig:
-    """A small byte-level titans-mag: linear memory, a gate that is half open while it knows nothing."""
+    """A small byte-level titans-mag: linear memory without momentum, a gate half open while it knows nothing."""
     return preset(
         "titans-mag",
         hidden_size=96,
@@ -44,8 +44,8 @@ def reading_config(window: int) -> ModelConfig:
         num_heads=2,
         window_size=window,
         num_persistent=4,
-        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=1 / 0.7), chunk_size=CHUNK),
-        gates={"lr": Gate(), "momentum": Gate(scale=0.3), "forget": Gate(bias=-6.0)},
+        rule=Rule(Matrix(), algorithm=GradientDescent(step_bound=1.0), chunk_size=CHUNK),
+        gates={"lr": Gate(), "forget": Gate(bias=-6.0)},
         mag_gate="sigmoid",
         initial_scale=0.0,
         tie_word_embeddings=True,
