@@ -20,6 +20,7 @@ LEVELS = [
     {"nn"},
     {"presets"},
     {"train", "evaluate", "stream", "report"},
+    {"session"},
     {"demo", "serve", "hf", "options", "commands", "cli", "__main__"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}

@@ -27,7 +27,7 @@ _HOMES = {
     "miras.nn.gates": ("Gate",),
     "miras.nn.memory": ("MemoryLayer", "Features"),
     "miras.nn.attention": ("AttentionLayer",),
-    "miras.nn.titans": ("MemoryAsGate",),
+    "miras.nn.titans": ("MemoryAsContext", "MemoryAsGate", "MemoryAsLayer"),
     "miras.nn.config": ("ModelConfig",),
     "miras.nn.lm": ("LM", "LMState"),
     "miras.presets": ("preset", "presets"),
@@ -76,7 +76,9 @@ if TYPE_CHECKING:
     from miras.nn.lm import LMState as LMState
     from miras.nn.memory import Features as Features
     from miras.nn.memory import MemoryLayer as MemoryLayer
+    from miras.nn.titans import MemoryAsContext as MemoryAsContext
     from miras.nn.titans import MemoryAsGate as MemoryAsGate
+    from miras.nn.titans import MemoryAsLayer as MemoryAsLayer
     from miras.ops import scan as scan
     from miras.presets import preset as preset
     from miras.presets import presets as presets

@@ -2,30 +2,24 @@
 
 import dataclasses
 import json
-import lzma
 import math
-import os
 import sys
 import tempfile
 import time
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from miras.data.novel import load_novel
-from miras.data.text import OPEN
-from miras.data.tokens import WORD_END, ByteTokenizer, Tokenizer, load_tokenizer, prepare
+from miras.data.tokens import ByteTokenizer, prepare
 from miras.evaluate.describe import describe, design_space, features
 from miras.evaluate.stream import Curve, stream_curve
 from miras.nn.config import ModelConfig
-from miras.nn.folder import load_model, model_hash, read_config, write_atomically
+from miras.nn.folder import model_hash, read_config, write_atomically
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
 from miras.nn.threads import set_threads
@@ -34,9 +28,8 @@ from miras.presets import override, preset, presets
 from miras.stream.files import load_state, save_state
 from miras.stream.generate import generate as generation
 from miras.stream.run import never
-
-BLOCK = 1 << 16
-"""Bytes of a text that are read from disk at once."""
+from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
+from miras.stream.terminal import progress_bar, say, size_text
 
 
 def info(options: InfoOptions) -> int:
@@ -59,6 +52,11 @@ def info(options: InfoOptions) -> int:
     if found["window_size"] is not None or found["state_grows"]:
         window = "everything" if found["state_grows"] else f"{found['window_size']:,} tokens"
         console.print(f"attention over {window}, {found['num_persistent']} persistent tokens")
+    if found["segment_size"] is not None:
+        console.print(
+            f"attention inside segments of {found['segment_size']:,} tokens and their memory tokens, "
+            f"{found['num_persistent']} persistent tokens"
+        )
     if found["memory"] is not None:
         table = Table("axis", "choice", "meaning", box=None, pad_edge=False)
         for axis, part in found["memory"].items():
@@ -72,7 +70,7 @@ def info(options: InfoOptions) -> int:
         console.print("\n[bold]gates[/]", table, sep="\n")
     growth = ", and grows with every token" if found["state_grows"] else ", whatever was read"
     console.print(
-        f"\n{found['parameters']:,} parameters; state of a stream {_size(found['state_bytes'])}{growth}; "
+        f"\n{found['parameters']:,} parameters; state of a stream {size_text(found['state_bytes'])}{growth}; "
         f"{found['flops_per_token']:,} FLOPs per token"
     )
     return 0
@@ -114,7 +112,7 @@ def evaluate(options: EvalOptions) -> int:
         else:
             tokens = tokenizer.encode(load_novel().heldout)
         tokens = tokens[: options.tokens]
-        with _progress() as progress:
+        with progress_bar() as progress:
             for name, reader, condition in runs:
                 bar = progress.add_task(name, total=len(tokens), note="")
                 curves[name] = stream_curve(
@@ -170,8 +168,8 @@ def generate(options: GenerateOptions) -> int:
             state=state,
         )
         for token in made:
-            _say(spelling.push(np.array([token])))
-        _say(spelling.rest() + "\n")
+            say(spelling.push(np.array([token])))
+        say(spelling.rest() + "\n")
     except KeyboardInterrupt:
         state = state if made is None else made.state
         raise KeyboardInterrupt(_saved(options.save_state, state, model)) from None
@@ -191,9 +189,9 @@ def stream(options: StreamOptions) -> int:
     count, size, nats = 0, 0.0, 0.0
     began = time.perf_counter()
     try:
-        with _open(options.file) as file, _progress() as progress:
-            bar = progress.add_task("reading", total=_length(options.file), note="")
-            ids = _tokens(_blocks(file, options.file), tokenizer)
+        with open_text(options.file) as file, progress_bar() as progress:
+            bar = progress.add_task("reading", total=text_length(options.file), note="")
+            ids = text_tokens(text_blocks(file, options.file), tokenizer)
             for part in read_pieces(model, ids, state, piece=options.piece, write=mask):
                 read = part.tokens.shape[1]
                 length = read if spelling is None else len(spelling.push(part.tokens[0]).encode())
@@ -215,19 +213,6 @@ def stream(options: StreamOptions) -> int:
     if options.save_state is not None:
         print(_saved(options.save_state, state, model))
     return 0
-
-
-def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[LM, Tokenizer]:
-    """A folder's model, and its `tokenizer.json` or else bytes. Raises ValueError when they do not fit."""
-    model = load_model(folder, trust_remote_code=trust_remote_code)
-    file = folder / "tokenizer.json"
-    tokenizer = load_tokenizer(file if file.is_file() else None)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        what = "tokenizer.json" if file.is_file() else "byte vocabulary (it has no tokenizer.json)"
-        raise ValueError(
-            f"{folder}: its {what} has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
-        )
-    return model, tokenizer
 
 
 def _config(name: str, trusted: bool) -> ModelConfig:
@@ -254,87 +239,10 @@ def _saved(path: Path | None, state: LMState | None, model: LM) -> str:
     if state is None:
         return "nothing was saved, because nothing was read"
     header = save_state(path, state, model)
-    return f"state after {header.tokens[0]:,} tokens saved to {path} ({_size(path.stat().st_size)})"
-
-
-def _file(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        raise ValueError(f"{name} is a folder; a stream is one file, or '-' for standard input")
-    if not path.is_file():
-        raise FileNotFoundError(f"No such file: {name!r} (looked in {Path.cwd()})")
-    return path
-
-
-def _length(name: str) -> int | None:
-    """Bytes of text in a file, where that is known before its end: not of standard input and packed files."""
-    return None if name == "-" or Path(name).suffix.lower() in OPEN else _file(name).stat().st_size
-
-
-def _open(name: str) -> IO[bytes]:
-    if name == "-":
-        # Unbuffered: what has arrived is read, not waited for until a block is full.
-        return cast(IO[bytes], os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0))
-    path = _file(name)
-    opened = OPEN.get(path.suffix.lower())
-    return path.open("rb") if opened is None else cast(IO[bytes], opened(path, "rb"))
-
-
-def _blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """What is in a file, block by block."""
-    try:
-        while block := file.read(BLOCK):
-            yield block
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{name} is damaged or not what its name says ({error})") from error
-
-
-def _tokens(blocks: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
-    """The tokens of a text that comes in blocks, cut where words end, so that the cuts change no token."""
-    if isinstance(tokenizer, ByteTokenizer):
-        yield from map(tokenizer.encode, blocks)
-        return
-    rest = b""
-    for block in blocks:
-        rest += block
-        cut = max((match.end() for match in WORD_END.finditer(rest)), default=0)
-        if not cut and len(rest) > 16 * BLOCK:
-            # A script without spaces: cut before the last character, which may not be whole.
-            cut = len(rest) - 1
-            while cut > 1 and rest[cut] & 0xC0 == 0x80:
-                cut -= 1
-        if cut:
-            yield tokenizer.encode(rest[:cut])
-            rest = rest[cut:]
-    if rest:
-        yield tokenizer.encode(rest)
-
-
-def _progress() -> Progress:
-    """A live display on standard error, where it does not mix with what is printed."""
-    columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return f"state after {header.tokens[0]:,} tokens saved to {path} ({size_text(path.stat().st_size)})"
 
 
 def _rates(count: int, before: int, nats: float, size: float, seconds: float) -> str:
     bits = f"{nats / math.log(2) / size:.4f} bits per byte, " if size else ""
     after = f" after {before:,} earlier" if before else ""
     return f"{count:,} tokens{after}, {bits}{count / seconds:,.0f} tokens/s"
-
-
-def _say(text: str) -> None:
-    """Print at once; on a terminal without the control characters, which a model may make up."""
-    if sys.stdout.isatty():
-        text = "".join(x for x in text if x in "\n\t" or x.isprintable())
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError

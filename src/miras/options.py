@@ -28,9 +28,13 @@ class InfoOptions:
     """Tokens that share one gradient point of the memory."""
     window_size: int | None = None
     """Tokens that sliding-window attention sees."""
+    segment_size: int | None = None
+    """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
+    pool: int | None = None
+    """Tokens of a segment that share one memory token (mac)."""
     num_persistent: int | None = None
     pattern: tuple[str, ...] | None = None
-    """Mixers of the layers, repeated: attention, memory, mag."""
+    """Mixers of the layers, repeated: attention, memory, mac, mag, mal."""
     json: bool = False
     """Print JSON instead of text."""
     trust_remote_code: bool = False

@@ -11,7 +11,7 @@ An ablation is one override:
     first-order outer loop    algorithm=GradientDescent(momentum=True, step_bound=10.0, first_order=True)
     steps uphill              algorithm=GradientAscent(momentum=True, step_bound=10.0)
     q in place of k           features=Features(keys="query")
-    last layer only           gates=LAST_LAYER
+    last layer only           gates=last_layer(preset(name).rule)
 
 The last three are the sceptics' (arXiv 2602.21204): a model that is as good with them does not use what its memory is
 said to do.
@@ -55,9 +55,6 @@ def _by_channel(scale: float) -> dict[str, Gate]:
     }
 
 
-LAST_LAYER = {f"{name}.w1": NEVER for name in ("lr", "momentum", "forget")}
-"""Gates of a two-layer memory with momentum that leave its first weight as it begins: only the last one learns."""
-
 PLAIN = Features(activation="identity", values="identity", normalize=False)
 """Queries, keys and values as they are projected."""
 
@@ -72,6 +69,7 @@ DECAY = Gate("decay", bias=-6.9, spread=4.65)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "transformer": {"pattern": ("attention",)},
+    "swa": {"pattern": ("attention",), "window_size": 2048},
     "linear-attention": {
         "rule": Rule(Matrix(), Dot(), Keep(), chunk_size=1),
         "gates": {"lr": ALWAYS},
@@ -161,7 +159,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gates": TITANS["gates"],
     },
     "titans-lmm": {"pattern": ("memory",), **TITANS},
+    "titans-mac": {"pattern": ("mac",), "segment_size": 512, "num_persistent": 128, **TITANS},
     "titans-mag": {"pattern": ("mag",), "window_size": 2048, "num_persistent": 128, **TITANS},
+    "titans-mal": {"pattern": ("mal",), "window_size": 2048, "num_persistent": 128, **TITANS},
     "swa-lmm": {"pattern": ("attention", "memory"), "window_size": 2048, "num_persistent": 128, **TITANS},
     "moneta": {
         "rule": Rule(MLP(), Lp(3.0, clip=1.0), LqNorm(4.0), GradientDescent(step_bound=1.0), chunk_size=16),
@@ -181,8 +181,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+PRESETS |= {
+    f"{name}-h": PRESETS[name] | {"pattern": ("memory", "attention"), "window_size": 2048}
+    for name in ("moneta", "yaad", "memora")
+}
+
 SOURCES: dict[str, str] = {
     "transformer": "Transformer++ (LLaMA)",
+    "swa": "the same, in a sliding window",
     "linear-attention": "Katharopoulos et al. 2020",
     "retnet": "Sun et al. 2023",
     "mamba2": "Dao and Gu 2024",
@@ -197,11 +203,16 @@ SOURCES: dict[str, str] = {
     "ttt-mlp": "Sun et al. 2024",
     "titans-linear": "Titans, eq. 32",
     "titans-lmm": "Titans, 3.1",
+    "titans-mac": "Titans, 4.1",
     "titans-mag": "Titans, 4.2",
+    "titans-mal": "Titans, 4.3",
     "swa-lmm": "Titans, 4.3 reversed",
     "moneta": "MIRAS, eq. 24",
     "yaad": "MIRAS, eq. 26",
     "memora": "MIRAS, eq. 27",
+    "moneta-h": "MIRAS, 5.3 and 6",
+    "yaad-h": "MIRAS, 5.3 and 6",
+    "memora-h": "MIRAS, 5.3 and 6",
 }
 """Where each preset comes from."""
 
@@ -244,13 +255,33 @@ def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
     return dataclasses.replace(config, **values)
 
 
+def last_layer(rule: Rule) -> dict[str, Gate]:
+    """Gates that leave all but the last layer of a rule's memory as they begin, as an override of `gates`.
+
+    Raises ValueError for a memory of one layer, which has nothing to leave.
+    """
+    shapes = rule.memory.shapes(2, 2)
+    last = max(i for i, (d_in, _) in enumerate(shapes.values()) if d_in > 1)
+    still = list(shapes)[:last]  # a bias behind the last matrix belongs to it
+    if not any(shapes[n][0] > 1 for n in still):
+        raise ValueError(
+            f"last_layer: {rule.memory} has one layer, so there is none to leave as it begins; give a deeper one, "
+            f"such as MLP()"
+        )
+    return {f"{name}.{n}": NEVER for name in (*rule.algorithm.gates, *rule.retention.gates) for n in still}
+
+
 def attention_twin(config: ModelConfig) -> ModelConfig:
-    """The attention-only model of equal size: same window, memories out, the SwiGLU wider by what they held.
+    """The attention-only model of equal size: same window (a segment's length for memory as context), memories out,
+    the SwiGLU wider by what they held.
 
     Its size is the nearest that a SwiGLU of even width gives.
     """
     pattern = tuple("attention" for _ in config.pattern)
-    base = dataclasses.replace(config, pattern=pattern, intermediate_size=config.inner())
+    window = config.segment_size if "mac" in config.pattern else config.window_size
+    base = dataclasses.replace(
+        config, pattern=pattern, window_size=window, intermediate_size=config.inner()
+    )
     per_unit = 3 * config.hidden_size * config.num_hidden_layers
     extra = round((_size(config) - _size(base)) / per_unit / 2) * 2
     return dataclasses.replace(base, intermediate_size=max(2, config.inner() + extra))

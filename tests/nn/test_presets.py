@@ -25,17 +25,27 @@ SIZES = {
     "num_heads": 2,
     "chunk_size": 4,
     "window_size": 8,
+    "segment_size": 8,
     "num_persistent": 3,
 }
 CASES = {
     # A rule of the single token is what its paper says; the others get more than a few chunks.
     name: SIZES | {"chunk_size": min(SIZES["chunk_size"], preset(name).rule.chunk_size)}
     for name in presets()
-} | {"transformer-full": SIZES | {"window_size": None}}
+} | {
+    "transformer-full": SIZES | {"window_size": None},
+    "titans-mac-pooled": SIZES | {"pool": 4},
+    "titans-mac-yaad": SIZES | {"rule": preset("yaad").rule, "gates": preset("yaad").gates, "chunk_size": 4},
+}
+
+
+def named(name):
+    """The preset that a case is of."""
+    return next(p for p in sorted(presets(), key=len, reverse=True) if name.startswith(p))
 
 
 def config(name, **changed):
-    return preset(name.removesuffix("-full"), **CASES[name] | changed)
+    return preset(named(name), **CASES[name] | changed)
 
 
 MEMORIES = tuple(name for name in CASES if any(kind != "attention" for kind in config(name).pattern))
@@ -268,7 +278,7 @@ def test_config_through_json(name):
         made = config(name, **changed)
         assert ModelConfig.from_dict(made.to_dict()) == made
         assert ModelConfig.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    plain = preset(name.removesuffix("-full"))
+    plain = preset(named(name))
     assert ModelConfig.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
     assert override(plain) == plain
 
@@ -376,7 +386,8 @@ def test_flops_per_token(name):
     # masks, convolutions and whatever else is elementwise. The formula leaves out the cache of full
     # attention, so the T keys that every token of a whole call meets are added here.
     T = 256  # 8 windows, 16 chunks
-    sizes = {"hidden_size": 64, "chunk_size": 16, "window_size": None if name.endswith("-full") else 32}
+    sizes = {"hidden_size": 64, "chunk_size": 16, "segment_size": 32}
+    sizes["window_size"] = None if name.endswith("-full") else 32
     model = build(name, **sizes).requires_grad_(False)  # the counter's module hooks need that under no_grad
     with FlopCounterMode(display=False) as counter:
         model(text(1, T))

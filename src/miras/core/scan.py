@@ -26,6 +26,7 @@ from miras.core.algorithm import bound_factors
 from miras.core.dual import accumulate, fast_advance, fast_read, hold, products, release
 from miras.core.memory import Weights
 from miras.core.observe import observe, observing, per_token
+from miras.core.rows import grid
 from miras.core.rule import (
     Inputs,
     Masks,
@@ -176,23 +177,6 @@ def _aligned(
     if masks.valid is not None:
         y = y.masked_fill(~masks.valid[:, None, :, None], 0)
     return y, state
-
-
-def grid(phase: Tensor, valid: Tensor, reset: Tensor, chunk_size: int) -> Tensor:
-    """Each token's place on its row's own chunk grid, (B, T) int64: documents start on chunk boundaries.
-
-    Padding tokens get the place -1. phase (B,) is how much of the open chunk is already read.
-    """
-    B, T = valid.shape
-    document = (reset & valid).cumsum(1)
-    size = torch.zeros(B, T + 1, dtype=torch.long, device=valid.device)
-    size = size.scatter_add(1, document, valid.long())
-    before = size.cumsum(1) - size  # valid tokens of the call before each document
-    lead = F.pad(phase[:, None], (0, T))  # what the open chunk holds already
-    room = -(-(size + lead) // chunk_size) * chunk_size
-    base = room.cumsum(1) - room + lead
-    place = base.gather(1, document) + valid.cumsum(1) - 1 - before.gather(1, document)
-    return torch.where(valid, place, -1)
 
 
 def _ragged(

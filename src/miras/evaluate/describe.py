@@ -81,6 +81,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         state = model.state_bytes()
     names = [config.mixer(layer) for layer in range(config.num_hidden_layers)]
     attends = any(name != "memory" for name in names)
+    slides = any(name in ("attention", "mag", "mal") for name in names)
     writes = any(name != "attention" for name in names)
     return {
         "layers": names,
@@ -88,11 +89,12 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "equations": equations(config.rule) if writes else None,
         "gates": gates(config) if writes else None,
         "features": dataclasses.asdict(config.features) if writes else None,
-        "window_size": config.window_size if attends else None,
+        "window_size": config.window_size if slides else None,
+        "segment_size": config.segment_size if "mac" in names else None,
         "num_persistent": config.num_persistent if attends else 0,
         "parameters": model.num_parameters(),
         "state_bytes": state,
-        "state_grows": attends and config.window_size is None,
+        "state_grows": slides and config.window_size is None,
         "flops_per_token": model.flops_per_token(),
         "config": config.to_dict(),
     }

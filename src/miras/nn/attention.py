@@ -12,7 +12,7 @@ class AttentionReader(Mixer):
     """From x (B, T, hidden) to the attention's answer (B, T, H * D), before an output projection.
 
     `window_size` None is full attention. `num_persistent` learned keys and values per head are seen by every
-    token and have no position (Titans 4, eq. 19).
+    token and have no position (Titans 4, eq. 19). `keys_per_token` 2: every token brings one more into its context.
     """
 
     def __init__(
@@ -23,9 +23,10 @@ class AttentionReader(Mixer):
         window_size: int | None,
         num_persistent: int,
         rope_theta: float,
+        keys_per_token: int = 1,
     ) -> None:
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.num_heads, self.head_dim, self.keys_per_token = num_heads, head_dim, keys_per_token
         self.window_size, self.rope_theta = window_size, rope_theta
         self.q, self.k, self.v = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
         for linear in (self.q, self.k, self.v):
@@ -35,10 +36,21 @@ class AttentionReader(Mixer):
             self.persistent = nn.Parameter(torch.randn(2, num_heads, num_persistent, head_dim))
 
     def initial(self, rows: int, like: Tensor) -> Window:
-        return init_window(rows, self.num_heads, self.head_dim, self.window_size, like)
+        size = None if self.window_size is None else self.window_size * self.keys_per_token
+        return init_window(rows, self.num_heads, self.head_dim, size, like)
 
     def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
-        q, k, v = (heads(linear(x), self.num_heads) for linear in (self.q, self.k, self.v))
+        return self.attend(x, x, state, rows)
+
+    def attend(
+        self, x: Tensor, context: Tensor, state: Window, rows: Rows, there: Tensor | None = None
+    ) -> tuple[Tensor, Window]:
+        """Queries from x (B, T, hidden), keys and values from context (B, m T, hidden), m of them for each token.
+
+        `there` (B, m T) bool leaves some of the context out.
+        """
+        q = heads(self.q(x), self.num_heads)
+        k, v = (heads(linear(context), self.num_heads) for linear in (self.k, self.v))
         state = Window(state.k.to(k.dtype), state.v.to(v.dtype), state.position, state.next, state.start)
         persistent = None
         if self.persistent is not None:
@@ -51,6 +63,7 @@ class AttentionReader(Mixer):
             size=self.window_size,
             theta=self.rope_theta,
             persistent=persistent,
+            there=there,
             length=rows.length,
             reset=rows.reset,
         )

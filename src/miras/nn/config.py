@@ -15,7 +15,7 @@ from miras.core.bias import BIASES
 from miras.core.memory import MEMORIES
 from miras.core.retention import RETENTIONS
 from miras.core.rule import Rule
-from miras.nn.gates import Gate
+from miras.nn.gates import Gate, forget_refusal
 from miras.nn.memory import TITANS_FEATURES, TITANS_RULE, Features
 
 FORMAT_VERSION = 1
@@ -56,10 +56,23 @@ FIRST_WRITTEN = {
 """Fields that are written whatever they hold, by class; others only where they differ from their default. So what a
 model is called, the hash of its config, does not change when a class gets a new field."""
 
+
+def segment_refusal(segment_size: int, chunk_size: int, pool: int) -> str | None:
+    """Why segments of that size cannot be cut into chunks and pools, or None."""
+    if segment_size < 1 or segment_size % chunk_size:
+        return (
+            f"segment_size must be a multiple of chunk_size {chunk_size}, got {segment_size}; a segment reads the "
+            f"memory as it stands where a chunk ends"
+        )
+    if pool < 1 or segment_size % pool:
+        return f"pool must divide segment_size {segment_size}, got {pool}"
+    return None
+
+
 MAG_GATES = ("silu", "sigmoid")
 """What memory as gate may apply to its normed read."""
 
-MIXERS = ("attention", "memory", "mag")
+MIXERS = ("attention", "memory", "mac", "mag", "mal")
 """What a layer may be made of."""
 
 
@@ -67,14 +80,15 @@ MIXERS = ("attention", "memory", "mag")
 class ModelConfig:
     """A language model of pre-norm blocks, each a token mixer and a SwiGLU.
 
-    pattern: mixers of the layers, repeated to num_hidden_layers: "attention", "memory" (a MemoryLayer), "mag"
-    (memory as gate). head_dim defaults to hidden_size / num_heads, intermediate_size to 8/3 hidden_size rounded
+    pattern: mixers of the layers, repeated to num_hidden_layers: "attention", "memory" (a MemoryLayer), "mac",
+    "mag", "mal" (memory as context, as gate, as layer). head_dim defaults to hidden_size / num_heads, intermediate_size to 8/3 hidden_size rounded
     up to 16. rule: the memory's four choices; gates: how its gates are made where that differs from the
     defaults, by name or by name.weight for one weight of the memory; features: how its queries and keys are made;
     conv_size: taps behind its projections; initial_scale: deviation of the initial memory times sqrt(d_in).
     mag_gate: "silu" or "sigmoid", how memory as gate lets attention through (Titans 4.2 leaves it open).
-    window_size: tokens of sliding-window attention, None for full; num_persistent: persistent tokens. Raises
-    ValueError for sizes that do not fit.
+    window_size: tokens of sliding-window attention, None for full; segment_size: tokens of a segment of memory as
+    context, a multiple of the rule's chunk_size; pool: tokens of a segment that share one memory token;
+    num_persistent: persistent tokens. Raises ValueError for sizes that do not fit.
     """
 
     vocab_size: int = 256
@@ -91,6 +105,8 @@ class ModelConfig:
     features: Features = TITANS_FEATURES
     mag_gate: str = "silu"
     window_size: int | None = None
+    segment_size: int = 512
+    pool: int = 1
     num_persistent: int = 0
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
@@ -123,7 +139,11 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"ModelConfig: {name} must be at least {low}, got {value}")
-        attends = any(name in ("attention", "mag") for name in self.pattern)
+        if "mac" in self.pattern and (
+            reason := segment_refusal(self.segment_size, self.rule.chunk_size, self.pool)
+        ):
+            raise ValueError(f"ModelConfig: {reason}")
+        attends = any(name != "memory" for name in self.pattern)
         if (attends or self.features.rotary) and self.width() % 2:
             raise ValueError(f"ModelConfig: rotary positions need an even head width, got {self.width()}")
         read = self.rule.gates()
@@ -134,6 +154,8 @@ class ModelConfig:
             raise ValueError(
                 f"ModelConfig: gates {', '.join(unread)} are not read by this rule, which reads {', '.join(read)}"
             )
+        if reason := forget_refusal(self.rule, self.gates):
+            raise ValueError(f"ModelConfig: {reason}")
 
     def width(self) -> int:
         """The width of one head."""
@@ -144,6 +166,10 @@ class ModelConfig:
         if self.intermediate_size is not None:
             return self.intermediate_size
         return -(-(8 * self.hidden_size // 3) // 16) * 16
+
+    def stride(self) -> int:
+        """Tokens after which nothing is half read: a chunk, or a segment where memory is context."""
+        return self.segment_size if "mac" in self.pattern else self.rule.chunk_size
 
     def mixer(self, layer: int) -> str:
         """The name of a layer's mixer."""

@@ -142,14 +142,40 @@ class Output(NamedTuple):
     channels: str | None
 
 
+def forget_refusal(rule: Rule, gates: Mapping[str, Gate]) -> str | None:
+    """Why a channel-wise forget gate has no meaning with the rule's retention, or None.
+
+    Where weights share a simplex, A_t = (1 - forget_t) A_{t-1} + step_t is the log-domain form of forgetting only if
+    `forget` is the same for all of them (MIRAS eq. 27).
+    """
+    # Equal widths suit every memory, and which channels are single ones does not depend on them.
+    shapes = rule.memory.shapes(2, 2)
+    for name, gate in gates.items():
+        base, _, weight = name.partition(".")
+        if base != "forget" or gate.channels is None or rule.retention.along not in (gate.channels, "all"):
+            continue
+        side = 0 if gate.channels == "input" else 1
+        if any(shapes[n][side] > 1 for n in ([weight] if weight else shapes)):
+            other = {"input": "output", "output": "input"}[gate.channels]
+            way = "" if rule.retention.along == "all" else f" or channels={other!r}"
+            return (
+                f"gate {name} has channels={gate.channels!r}, along which {rule.retention} normalises, and "
+                f"forgetting must be the same for all that share a simplex; give it channels=None{way}, or turn "
+                f"the axis"
+            )
+    return None
+
+
 def gate_outputs(rule: Rule, gates: Mapping[str, Gate], d_key: int, d_value: int) -> list[Output]:
     """Every gate that a layer has for a rule; `name.weight` in `gates` is for one weight of the memory.
 
-    Raises ValueError for a gate that is missing and channels that the weights do not share.
+    Raises ValueError for a gate that is missing, channels that the weights do not share or the retention forbids.
     """
     missing = [name for name in rule.gates() if name not in gates]
     if missing:
         raise ValueError(f"Gates: the rule reads {', '.join(missing)}, which no Gate(...) is given for")
+    if reason := forget_refusal(rule, gates):
+        raise ValueError(f"Gates: {reason}")
     weights = rule.memory.shapes(d_key, d_value)
     steps = rule.algorithm.steps
 
@@ -232,8 +258,7 @@ class Gates(Precise):
         )
         self.constants = nn.ParameterList(torch.empty(num_heads, o.width) for o in self.constant)
         for i, o in enumerate(self.fixed):
-            value = torch.tensor(o.gate.first(num_heads))[:, None].expand(num_heads, o.width)
-            self.register_buffer(f"fixed{i}", value.clone(), persistent=False)
+            self.register_buffer(f"fixed{i}", self._first(o).clone(), persistent=False)
         self.rated = [o for o in self.made if o.gate.link == "decay"]
         self.log_rates = nn.ParameterList(torch.empty(num_heads) for _ in self.rated)
 
@@ -251,6 +276,11 @@ class Gates(Precise):
                 constant.copy_(self._first(o))
             for rate in self.log_rates:
                 rate.uniform_(1, 16).log_()
+
+    def reset_fixed(self) -> None:
+        """The gates that are no parameters again, where memory for them was taken without their values."""
+        for i, o in enumerate(self.fixed):
+            getattr(self, f"fixed{i}").copy_(self._first(o))
 
     def _first(self, o: Output) -> Tensor:
         """The first biases of one gate, (H, width)."""

@@ -16,7 +16,7 @@ from miras.nn.gates import gate_outputs
 from miras.nn.memory import DEFAULT_GATES, MemoryLayer
 from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
-from miras.nn.titans import MemoryAsGate
+from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,68 @@ def build_mixer(config: ModelConfig, name: str) -> Mixer:
     builders: dict[str, Any] = {
         "attention": lambda: AttentionLayer(**sizes, **attend),
         "memory": lambda: MemoryLayer(**sizes, **memory, rope_theta=config.rope_theta),
+        "mac": lambda: MemoryAsContext(
+            **sizes,
+            **memory,
+            segment_size=config.segment_size,
+            pool=config.pool,
+            num_persistent=config.num_persistent,
+            rope_theta=config.rope_theta,
+        ),
         "mag": lambda: MemoryAsGate(**sizes, **attend, **memory, gate=config.mag_gate),
+        "mal": lambda: MemoryAsLayer(**sizes, **attend, **memory),
     }
     return builders[name]()
 
 
-class Stack(nn.Module):
-    """Embedding, blocks and the last norm: tokens to hidden states."""
+class Reader(nn.Module):
+    """Reads with an embedding, blocks and a last norm, which a subclass makes: tokens to hidden states."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList
+    norm: RMSNorm
+
+    def initial(self, rows: int) -> LMState:
+        """The state before the first token of `rows` streams."""
+        like = self.embed_tokens.weight
+        layers = tuple(block.mixer.initial(rows, like[:0]) for block in self.layers)  # pyright: ignore
+        return LMState(layers, torch.zeros(rows, dtype=torch.long, device=like.device))
+
+    def read(
+        self,
+        tokens: Tensor,
+        state: LMState | None = None,
+        *,
+        valid: Tensor | None = None,
+        write: Tensor | None = None,
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, LMState]:
+        """tokens (B, T) int64, or their embeddings (B, T, hidden) -> normed hidden states (B, T, hidden), state.
+
+        Raises ValueError for other tokens, and for a state of other rows or layers.
+        """
+        embedded = tokens.dim() == 3 and tokens.is_floating_point()
+        if not embedded and (tokens.dim() != 2 or tokens.dtype != torch.long):
+            raise ValueError(f"LM: tokens must be (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
+        state = self.initial(tokens.shape[0]) if state is None else state
+        if state.tokens.shape[0] != tokens.shape[0] or len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"LM: the state has {state.tokens.shape[0]} rows and {len(state.layers)} layers, the tokens "
+                f"{tokens.shape[0]} rows and the model {len(self.layers)} layers"
+            )
+        rows = pack((tokens.shape[0], tokens.shape[1]), valid, write, reset)
+        x = rows.gather(tokens)
+        x = x if embedded else self.embed_tokens(x)
+        layers: list[Any] = []
+        for block, part in zip(self.layers, state.layers, strict=True):
+            x, part = block(x, part, rows)
+            layers.append(part)
+        moved = x.shape[1] if rows.length is None else rows.length
+        return rows.scatter(self.norm(x)), LMState(tuple(layers), state.tokens + moved)
+
+
+class Stack(Reader):
+    """Embedding, blocks and the last norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -99,17 +154,11 @@ class Stack(nn.Module):
         nn.init.normal_(self.embed_tokens.weight, std=config.hidden_size**-0.5)
         # Residual branches add up; scaled so that the sum over the depth has the variance of one of them.
         for name, weight in self.layers.named_parameters():
-            if name.endswith(("mixer.out.weight", "mlp.down.weight")):
+            if name.endswith(("mixer.out.weight", "mixer.attention.out.weight", "mlp.down.weight")):
                 with torch.no_grad():
                     weight /= (2 * config.num_hidden_layers) ** 0.5
 
-    def forward(self, x: Tensor, state: LMState, rows: Rows) -> tuple[Tensor, LMState]:
-        layers: list[Any] = []
-        for block, part in zip(self.layers, state.layers, strict=True):
-            x, part = block(x, part, rows)
-            layers.append(part)
-        moved = x.shape[1] if rows.length is None else rows.length
-        return self.norm(x), LMState(tuple(layers), state.tokens + moved)
+    forward = Reader.read
 
 
 class LM(nn.Module):
@@ -127,9 +176,7 @@ class LM(nn.Module):
 
     def initial(self, rows: int) -> LMState:
         """The state before the first token of `rows` streams."""
-        like = self.model.embed_tokens.weight
-        layers = tuple(block.mixer.initial(rows, like[:0]) for block in self.model.layers)  # pyright: ignore
-        return LMState(layers, torch.zeros(rows, dtype=torch.long, device=like.device))
+        return self.model.initial(rows)
 
     def forward(
         self,
@@ -159,17 +206,7 @@ class LM(nn.Module):
         reset: Tensor | None = None,
     ) -> tuple[Tensor, LMState]:
         """Like a call, but gives the normed hidden states (B, T, hidden) in place of the logits."""
-        if tokens.dim() != 2 or tokens.dtype != torch.long:
-            raise ValueError(f"LM: tokens must be (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
-        state = self.initial(tokens.shape[0]) if state is None else state
-        if state.tokens.shape[0] != tokens.shape[0] or len(state.layers) != len(self.model.layers):
-            raise ValueError(
-                f"LM: the state has {state.tokens.shape[0]} rows and {len(state.layers)} layers, the tokens "
-                f"{tokens.shape[0]} rows and the model {len(self.model.layers)} layers"
-            )
-        rows = pack((tokens.shape[0], tokens.shape[1]), valid, write, reset)
-        x, after = self.model(self.model.embed_tokens(rows.gather(tokens)), state, rows)
-        return rows.scatter(x), after
+        return self.model(tokens, state, valid=valid, write=write, reset=reset)
 
     def num_parameters(self) -> int:
         """Number of learned parameters; a tied head counts once."""
@@ -191,7 +228,8 @@ def flops_per_token(config: ModelConfig) -> int:
     the query for A and S, and twice by the update; in a chunk of C tokens every token meets C others on average
     in two more products (C d_in and C d_out). Where a map or a channel-wise gate has the weights formed for every
     token, it is passed at the key, backwards and at the query, and once by the rank-one update. All that is
-    times the steps of a token. A window of w tokens costs 4 w D per head, over the keys that a block reads (2 w).
+    times the steps of a token. A window of w tokens costs 4 w D per head, over the keys that a block reads (2 w);
+    a segment read whole has two keys for each of its tokens.
     """
     D, H, width = config.hidden_size, config.num_heads, config.width()
     rule, features = config.rule, config.features
@@ -213,12 +251,17 @@ def flops_per_token(config: ModelConfig) -> int:
         memory += n * 2 * H * (passes * d_in * d_out + (0 if formed else C * (d_in + d_out)))
     attend = 3 * 2 * D * H * width + 4 * H * width * (2 * (config.window_size or 0) + config.num_persistent)
     out = 2 * H * width * D
+    # The memory tokens' query and read, and keys and values made from them.
+    recall = 2 * H * (D * width + sum(d_in * d_out for d_in, d_out in weights)) + 2 * 2 * D * H * width
+    segment = 3 * 2 * D * H * width + 4 * H * width * (2 * config.segment_size + config.num_persistent)
     for i in range(config.num_hidden_layers):
         kind = config.mixer(i)
         total += 6 * D * config.inner()
         total += {
             "attention": attend + out,
             "memory": memory + out,
+            "mac": segment + recall + memory - 2 * D * H * width + 3 * out + 2 * D * D,
             "mag": attend + memory - 2 * D * H * width + out,
+            "mal": memory + out + attend + out,
         }[kind]
     return total

@@ -13,7 +13,7 @@ from miras.core.attention import rotate
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.retention import FDivergence, LqNorm, Retention, Simplex
 from miras.core.rows import Rows
-from miras.core.rule import Rule, State, init_state
+from miras.core.rule import Rule, State, formed, init_state
 from miras.core.state import Record, Tree
 from miras.nn.gates import Gate, Gates, Precise
 from miras.nn.mixer import Mixer, Projection, heads, merge
@@ -228,24 +228,40 @@ class MemoryReader(Mixer):
                 initial=None if rows.reset is None else self.A0(x.shape[0]),
                 outer=self.outer(),
             )
-            if self.features.normalizer:
-                y = y[..., :-1] / y[..., -1:].abs().clamp_min(1)
-        return merge(y).to(x.dtype), MemoryState(memory, tails, position)
+        return merge(self._answer(y)).to(x.dtype), MemoryState(memory, tails, position)
+
+    def recall(self, asked: Tensor, weights: Tree, position: Tree, rows: Rows) -> Tensor:
+        """What a memory of these weights W answers to queries (B, T, H * Dk), (B, T, H * Dv); nothing is written."""
+        q = heads(asked, self.num_heads).to(self.gates.dtype())
+        with torch.autocast(asked.device.type, enabled=False):
+            q = self._scaled(self._sized(q))
+            if self.features.rotary:
+                q = rotate(q, places(position["next"], rows, q.shape[2])[0], self.rope_theta)
+            y = self._answer(self.rule.memory.apply(q, formed(weights, self.outer())))
+        return merge(y).to(asked.dtype)
+
+    def _sized(self, q: Tensor) -> Tensor:
+        return unit(q) if self.features.normalize else q
+
+    def _scaled(self, q: Tensor) -> Tensor:
+        return q * q.shape[-1] ** -0.5 if self.features.scaled else q
+
+    def _answer(self, y: Tensor) -> Tensor:
+        return y[..., :-1] / y[..., -1:].abs().clamp_min(1) if self.features.normalizer else y
 
     def _inputs(self, parts: Tree, gates: Tree) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, Dk), k and v as the scan takes them."""
         features, steps = self.features, self.rule.algorithm.steps
-        size = unit if features.normalize else identity
-        q, v = size(parts["q"]), parts["v"]
+        q, v = self._sized(parts["q"]), parts["v"]
         if steps > 1:
             parts["k"], v = (x.unflatten(-1, (steps, -1)) for x in (parts["k"], v))
         if features.keys == "projected":
-            k = size(parts["k"])
+            k = self._sized(parts["k"])
         else:
             k = q if features.keys == "query" else gates["forget"][..., 0]
         if features.normalizer:
             v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-        return q * q.shape[-1] ** -0.5 if features.scaled else q, k, v
+        return self._scaled(q), k, v
 
 
 def places(start: Tensor, rows: Rows, T: int) -> tuple[Tensor, Tree]:

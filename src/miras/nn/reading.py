@@ -63,7 +63,7 @@ def read_pieces(
     """Read a stream, or B of them, without a graph, and hand out what each piece of it brought.
 
     But for rounding, the losses do not depend on `piece`, the largest number of tokens read at once; pieces
-    end where chunks do. `state` continues an earlier reading; of a StreamState the first token is scored too.
+    end where chunks and segments do. `state` continues an earlier reading; of a StreamState the first token is scored too.
     `write` and `reset` are the model's masks, by place. Raises ValueError for ids outside the vocabulary and
     arrays that are not ids.
     """
@@ -102,13 +102,11 @@ def check_ids(ids: NDArray[np.int64], vocab_size: int) -> None:
 
 
 def _length(model: LM, state: LMState | None, piece: int) -> int:
-    """The next piece's length: up to a chunk's end, where the next one finds nothing open."""
-    chunk = model.config.rule.chunk_size
-    if piece <= chunk:
+    """The next piece's length: up to where a chunk or segment ends, if no document began inside one."""
+    stride = model.config.stride()
+    if piece <= stride:
         return piece
-    parts = {} if state is None else state.tensors()
-    phase = next((int(x[0]) for name, x in parts.items() if name.endswith(".phase")), 0)
-    return piece // chunk * chunk - phase
+    return piece // stride * stride - (0 if state is None else int(state.tokens[0]) % stride)
 
 
 # No generator may stand inside no_grad: it would leave gradients off for whoever is between two pieces. And

@@ -1,26 +1,35 @@
-"""Titans' ways to wire a memory to attention (papers 2; Titans eq. 21 to 31)."""
+"""Titans' ways to wire a memory to attention: as context, as gate, as layer (Titans 4, eq. 21 to 31)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miras.core.attention import Window
-from miras.core.rows import Rows
-from miras.core.rule import Rule
-from miras.core.state import Record
-from miras.nn.attention import AttentionReader
+from miras.core.conv import conv
+from miras.core.rows import Part, Rows, joined, segments
+from miras.core.rule import Rule, link
+from miras.core.state import Record, Tree, choose
+from miras.nn.attention import AttentionLayer, AttentionReader
+from miras.nn.config import segment_refusal
 from miras.nn.gates import Gate
-from miras.nn.memory import DEFAULT_GATES, TITANS_FEATURES, Features, MemoryReader, MemoryState
+from miras.nn.memory import (
+    DEFAULT_GATES,
+    TITANS_FEATURES,
+    Features,
+    MemoryLayer,
+    MemoryReader,
+    MemoryState,
+)
 from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
 
 
 @dataclass(frozen=True)
-class GatedState(Record):
-    """The two branches' states."""
+class WiredState(Record):
+    """The states of an attention and of a memory that are wired side by side, or one behind the other."""
 
     attention: Window
     memory: MemoryState
@@ -74,10 +83,219 @@ class MemoryAsGate(Mixer):
         self.out = nn.Linear(width, hidden_size, bias=False)
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
 
-    def initial(self, rows: int, like: Tensor) -> GatedState:
-        return GatedState(self.attention.initial(rows, like), self.memory.initial(rows, like))
+    def initial(self, rows: int, like: Tensor) -> WiredState:
+        return WiredState(self.attention.initial(rows, like), self.memory.initial(rows, like))
 
-    def mix(self, x: Tensor, state: GatedState, rows: Rows) -> tuple[Tensor, GatedState]:
+    def mix(self, x: Tensor, state: WiredState, rows: Rows) -> tuple[Tensor, WiredState]:
         y, window = self.attention.mix(x, state.attention, rows)
         m, memory = self.memory.mix(x, state.memory, rows)
-        return self.out(self.norm_a(y) * self.activation(self.norm_b(m))), GatedState(window, memory)
+        return self.out(self.norm_a(y) * self.activation(self.norm_b(m))), WiredState(window, memory)
+
+
+class MemoryAsLayer(Mixer):
+    """MAL: a memory layer, and sliding-window attention over what it gives, o = attention(norm(memory(x))).
+
+    Titans eq. 29 to 31; the norm between the two is ours. Persistent tokens are seen by the attention only.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        rule: Rule,
+        *,
+        gates: Mapping[str, Gate] | None = None,
+        head_dim: int | None = None,
+        window_size: int | None = None,
+        num_persistent: int = 0,
+        conv_size: int = 4,
+        initial_scale: float = 1.0,
+        features: Features = TITANS_FEATURES,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.memory = MemoryLayer(
+            hidden_size,
+            num_heads,
+            rule,
+            gates=gates,
+            head_dim=head_dim,
+            conv_size=conv_size,
+            initial_scale=initial_scale,
+            features=features,
+            rope_theta=rope_theta,
+            norm_eps=norm_eps,
+        )
+        self.norm = RMSNorm(hidden_size, eps=norm_eps)
+        self.attention = AttentionLayer(
+            hidden_size,
+            num_heads,
+            head_dim=head_dim,
+            window_size=window_size,
+            num_persistent=num_persistent,
+            rope_theta=rope_theta,
+        )
+
+    def initial(self, rows: int, like: Tensor) -> WiredState:
+        return WiredState(self.attention.initial(rows, like), self.memory.initial(rows, like))
+
+    def mix(self, x: Tensor, state: WiredState, rows: Rows) -> tuple[Tensor, WiredState]:
+        m, memory = self.memory.mix(x, state.memory, rows)
+        y, window = self.attention.mix(self.norm(m), state.attention, rows)
+        return y, WiredState(window, memory)
+
+
+@dataclass(frozen=True)
+class ContextState(Record):
+    """What memory as context carries, the segment in progress included.
+
+    attention: the segment's keys and values so far, two for each token; memory: the memory's own state, with the
+    convolutions' tails of what was written; frozen {weight: (B, H, d_in, d_out)}: the weights at the end of the
+    segment before; tails: of the queries made from x, and of those that one memory token pools.
+    """
+
+    attention: Window
+    memory: MemoryState
+    frozen: Tree
+    tails: Tree
+
+
+class MemoryAsContext(Mixer):
+    """MAC: attention inside a segment that also sees what the memory knew before it (Titans eq. 21 to 25).
+
+    For token j of a segment, M the memory with its output projection, M_0 as it stood at the end of the segment
+    before, M_j as it stands after token j, P the persistent tokens:
+
+        h_i = norm(M_0(q(x_i)))                          i <= j
+        y_j = W_O attention(q = x_j; P, h_1, x_1, ... h_j, x_j)
+        M_j = M_{j-1} updated with keys, values and gates made from y_j
+        o_j = out(y_j * sigmoid(norm(M_j(q(y_j)))))
+
+    h_i has the rotary position of x_i. One W_Q serves both reads; each has its own convolution tail. With
+    `pool` p > 1 there is one memory token for p tokens, its query the mean of theirs, seen from the last of them on.
+    Raises ValueError unless chunks and pools divide the segment.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        rule: Rule,
+        *,
+        segment_size: int,
+        gates: Mapping[str, Gate] | None = None,
+        head_dim: int | None = None,
+        num_persistent: int = 0,
+        pool: int = 1,
+        conv_size: int = 4,
+        initial_scale: float = 1.0,
+        features: Features = TITANS_FEATURES,
+        rope_theta: float = 10_000.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if reason := segment_refusal(segment_size, rule.chunk_size, pool):
+            raise ValueError(f"MemoryAsContext: {reason}")
+        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        width = num_heads * head_dim
+        self.segment_size, self.pool = segment_size, pool
+        self.attention = AttentionReader(
+            hidden_size, num_heads, head_dim, segment_size, num_persistent, rope_theta, keys_per_token=2
+        )
+        self.memory = MemoryReader(
+            hidden_size,
+            num_heads,
+            rule,
+            DEFAULT_GATES | dict(gates or {}),
+            head_dim,
+            head_dim,
+            conv_size,
+            initial_scale,
+            features,
+            rope_theta,
+        )
+        self.read = nn.Linear(width, hidden_size, bias=False)
+        self.attended = nn.Linear(width, hidden_size, bias=False)
+        self.norm_context = RMSNorm(hidden_size, eps=norm_eps)
+        self.norm_gate = RMSNorm(hidden_size, eps=norm_eps)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        for linear in (self.read, self.attended, self.out):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def initial(self, rows: int, like: Tensor) -> ContextState:
+        memory = self.memory.initial(rows, like)
+        tails = {"q": self.memory.q.initial(rows, like)}
+        if self.pool > 1:
+            tails["pooled"] = like.new_zeros(rows, self.pool - 1, self.memory.q.proj.out_features)
+        return ContextState(self.attention.initial(rows, like), memory, memory.memory.anchor, tails)
+
+    def mix(self, x: Tensor, state: ContextState, rows: Rows) -> tuple[Tensor, ContextState]:
+        phase = self._phase(state)
+        parts = segments(rows, phase, x.shape[1], self.segment_size)
+        if not parts:
+            return x, state
+        outputs: list[Tensor] = []
+        for part in parts:
+            y, state = self._within(part.take(x), state, part)
+            outputs.append(y)
+        return joined(parts, outputs, x.shape[1]), state
+
+    def _phase(self, state: ContextState) -> Tensor:
+        """How many tokens of the open segment are read, (B,): its attention began where the segment did."""
+        return (state.attention.next - state.attention.start) % self.segment_size
+
+    def _within(self, x: Tensor, state: ContextState, part: Part) -> tuple[Tensor, ContextState]:
+        """Tokens of one segment, its rest or a piece of it."""
+        rows, window = part.rows, state.attention
+        if part.starts is not None:
+            state = replace(state, frozen=self._frozen(state, part))
+            window = _emptied(window, part)
+        begins = None if part.starts is None else F.pad(part.starts[:, None], (0, x.shape[1] - 1))
+        h, there, tails = self._context(x, state, rows)
+        seen = torch.stack([h, x], 2).flatten(1, 2)
+        y, window = self.attention.attend(x, seen, window, replace(rows, reset=begins), there)
+        y = self.attended(y)
+        m, memory = self.memory.mix(y, state.memory, rows)
+        o = self.out(y * torch.sigmoid(self.norm_gate(self.read(m))))
+        return o, ContextState(window, memory, state.frozen, tails)
+
+    def _frozen(self, state: ContextState, part: Part) -> Tree:
+        """The weights that a segment reads: those at the end of the one before, or of a new document."""
+        memory = state.memory.memory
+        now = memory.anchor  # a segment ends where a chunk does, where the anchor is the weights
+        if part.rows.reset is not None:
+            fresh = link(self.memory.rule, self.memory.A0(len(memory.phase)))
+            now = choose(part.rows.reset[:, 0], fresh, now)
+        return now if part.everyone or part.starts is None else choose(part.starts, now, state.frozen)
+
+    def _context(self, x: Tensor, state: ContextState, rows: Rows) -> tuple[Tensor, Tensor | None, Tree]:
+        """The memory tokens h (B, n, hidden) of x, which of the (B, 2 n) tokens are there, and the new tails."""
+        asked, tail = self.memory.q(x, state.tails["q"], rows)
+        tails, there = {"q": tail}, None
+        if self.pool > 1:
+            mean = asked.new_full((asked.shape[-1], self.pool), 1 / self.pool)
+            asked, tails["pooled"] = conv(
+                asked, state.tails["pooled"].to(asked.dtype), mean, length=rows.length, reset=rows.reset
+            )
+            there = self._last_of_pool(state, rows, x.shape[1])
+        read = self.memory.recall(asked, state.frozen, state.memory.position, rows)
+        return self.norm_context(self.read(read)), there, tails
+
+    def _last_of_pool(self, state: ContextState, rows: Rows, n: int) -> Tensor:
+        """(B, 2 n): every token's own key, and a memory token's at the last one of its pool."""
+        phase = self._phase(state)[:, None]
+        if rows.reset is not None:
+            phase = torch.where(rows.reset[:, :1], 0, phase)
+        last = (phase + torch.arange(n, device=phase.device)) % self.pool == self.pool - 1
+        return torch.stack([last, torch.ones_like(last)], 2).flatten(1)
+
+
+def _emptied(window: Window, part: Part) -> Window:
+    """The window without the keys of the segment before, in the rows where one begins."""
+    if part.everyone:
+        return replace(window, k=window.k[:, :, :0], v=window.v[:, :, :0], position=window.position[:, :0])
+    assert part.starts is not None
+    old = part.starts[:, None]
+    k, v = (x.masked_fill(old[..., None, None], 0) for x in (window.k, window.v))
+    return replace(window, k=k, v=v, position=window.position.masked_fill(old, -1))

@@ -47,27 +47,22 @@ def save_state(
     Short floating types are written as fp32, which holds them exactly. A StreamState keeps the logits of its
     next token, so that going on loses nothing.
     """
-    tensors = {name: _storable(x) for name, x in state.tensors().items()}
-    config = model.config
     header = StateHeader(
         format_version=FORMAT_VERSION,
         model=model_hash(model),
         tokens=tuple(state.tokens.tolist()),
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-        summary=f"{' '.join(config.pattern)}, hidden {config.hidden_size}, layers {config.num_hidden_layers}",
+        time=now(),
+        summary=summary(model),
         extra=dict(extra or {}),
     )
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(header.format_version),
+    told = {
         "model": header.model,
         "tokens": json.dumps(header.tokens),
         "time": header.time,
         "summary": header.summary,
         "extra": json.dumps(header.extra),
     }
-    metadata["sha256"] = _digest(tensors, metadata)
-    write_atomically(Path(path), save(tensors, metadata))
+    write_sealed(Path(path), FORMAT, FORMAT_VERSION, state.tensors(), told)
     return header
 
 
@@ -84,12 +79,26 @@ def load_state(path: str | Path, model: LM) -> tuple[LMState, StateHeader]:
     """
     path = Path(path)
     header, tensors = _read(path, with_tensors=True)
-    if (own := model_hash(model)) != header.model:
+    check_model(path, header.model, header.summary, model)
+    return restored(model, len(header.tokens), tensors, path), header
+
+
+def check_model(path: Path, wanted: str, about: str, model: LM) -> str:
+    """The model's hash. Raises ValueError when it is not the one a file was saved with."""
+    if (own := model_hash(model)) != wanted:
         raise ValueError(
-            f"{path} belongs to another model: it was saved with model {header.model} ({header.summary}), "
+            f"{path} belongs to another model: it was saved with model {wanted} ({about}), "
             f"this is model {own}; states go with the very weights that made them"
         )
-    state: LMState = model.initial(len(header.tokens))
+    return own
+
+
+def restored(model: LM, rows: int, tensors: Mapping[str, Tensor], path: Path) -> LMState:
+    """A model's state of that many streams filled from a file's tensors, a StreamState if they hold its logits.
+
+    On the model's device, in the types that the model's states have. Raises ValueError when they do not fit.
+    """
+    state: LMState = model.initial(rows)
     if "logits" in tensors:
         state = StreamState(
             state.layers, state.tokens, model.lm_head.weight.new_zeros(0, 0, dtype=torch.float32)
@@ -101,7 +110,75 @@ def load_state(path: str | Path, model: LM) -> tuple[LMState, StateHeader]:
         raise ValueError(
             f"{path} does not fit this version of the model's state: {', '.join(sorted(odd)[:5])}"
         )
-    return state.with_tensors({n: x.to(shape[n]) for n, x in tensors.items()}), header
+    return state.with_tensors({n: x.to(shape[n]) for n, x in tensors.items()})
+
+
+def summary(model: LM) -> str:
+    """A model in a few words."""
+    config = model.config
+    return f"{' '.join(config.pattern)}, hidden {config.hidden_size}, layers {config.num_hidden_layers}"
+
+
+def now() -> str:
+    """The time as files tell it: UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_sealed(
+    path: Path, kind: str, version: int, tensors: Mapping[str, Tensor], told: Mapping[str, str]
+) -> None:
+    """Write tensors and what is told about them to one safetensors file, whole or not at all, with a checksum."""
+    stored = {name: _storable(x) for name, x in tensors.items()}
+    metadata = {"format": kind, "format_version": str(version), **told}
+    metadata["sha256"] = _digest(stored, metadata)
+    write_atomically(path, save(stored, metadata))
+
+
+def read_sealed(
+    path: Path, kinds: Mapping[str, int], noun: str, with_tensors: bool = True
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What `write_sealed` wrote, of one of these formats and up to its version here: (told, tensors).
+
+    Without tensors the checksum cannot be looked at. Raises FileNotFoundError when there is no file, and
+    ValueError, naming it as no `noun`, when it is corrupt, cut off, of another format or a newer version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: {noun} is one")
+    try:
+        with safe_open(path, "pt") as file:
+            told = dict(file.metadata() or {})
+            names = list(file.keys()) if with_tensors else []
+            tensors = {name: file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or cut off: {error}") from error
+    kind = told.get("format")
+    if kind is None or kind not in kinds:
+        raise ValueError(f"{path} is not {noun} (its format is {kind!r})")
+    version = told.get("format_version", "")
+    if version.isdigit() and int(version) > kinds[kind]:
+        raise ValueError(
+            f"{path} has format version {version}, this miras reads up to {kinds[kind]}; upgrade miras"
+        )
+    checksum = told.pop("sha256", None)
+    if checksum is None or not version.isdigit():
+        raise ValueError(f"{path} is corrupt: its header has no checksum or no format version")
+    if with_tensors and _digest(tensors, told) != checksum:
+        raise ValueError(f"{path} is corrupt: its checksum differs, a byte has changed since it was saved")
+    return told, tensors
+
+
+def _read(path: Path, with_tensors: bool) -> tuple[StateHeader, dict[str, Tensor]]:
+    noun = "a stream's state"
+    told, tensors = read_sealed(path, {FORMAT: FORMAT_VERSION}, noun, with_tensors)
+    try:
+        extra: dict[str, str] = json.loads(told["extra"])
+        tokens: list[int] = json.loads(told["tokens"])
+        header = StateHeader(
+            int(told["format_version"]), told["model"], tuple(tokens), told["time"], told["summary"], extra
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
+    return header, tensors
 
 
 def _storable(x: Tensor) -> Tensor:
@@ -109,37 +186,6 @@ def _storable(x: Tensor) -> Tensor:
     x = x.float() if x.is_floating_point() and x.element_size() < 4 else x
     # At a chunk's start A and the anchor are the same tensor, which a file must hold twice.
     return x.clone(memory_format=torch.contiguous_format)
-
-
-def _read(path: Path, with_tensors: bool) -> tuple[StateHeader, dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: a stream's state is one, as --save-state writes it")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-            names = list(file.keys()) if with_tensors else []
-            tensors = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is corrupt or cut off: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a stream's state (its format is {metadata.get('format')!r})")
-    version = metadata.get("format_version", "")
-    if version.isdigit() and int(version) > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version}, this miras reads up to {FORMAT_VERSION}; upgrade miras"
-        )
-    try:
-        checksum = metadata.pop("sha256")
-        extra: dict[str, str] = json.loads(metadata["extra"])
-        tokens: list[int] = json.loads(metadata["tokens"])
-        header = StateHeader(
-            int(version), metadata["model"], tuple(tokens), metadata["time"], metadata["summary"], extra
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
-    if with_tensors and _digest(tensors, metadata) != checksum:
-        raise ValueError(f"{path} is corrupt: its checksum differs, a byte has changed since it was saved")
-    return header, tensors
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:

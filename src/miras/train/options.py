@@ -18,6 +18,8 @@ class TrainOptions:
     """The model; `miras info` shows what each one is."""
     model: Path | None = None
     """Start from this model folder instead of a fresh preset."""
+    trust_remote_code: bool = False
+    """Import and run the classes and functions outside miras that the model's config names."""
     hidden_size: int | None = None
     num_hidden_layers: int | None = None
     num_heads: int | None = None
@@ -27,9 +29,13 @@ class TrainOptions:
     """Tokens that share one gradient point of the memory."""
     window_size: int | None = None
     """Tokens that sliding-window attention sees."""
+    segment_size: int | None = None
+    """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
+    pool: int | None = None
+    """Tokens of a segment that share one memory token (mac)."""
     num_persistent: int | None = None
     pattern: tuple[str, ...] | None = None
-    """Mixers of the layers, repeated: attention, memory, mag."""
+    """Mixers of the layers, repeated: attention, memory, mac, mag, mal."""
     tie_word_embeddings: bool | None = None
     tokenizer: Path | None = None
     """A `tokenizers` JSON file; bytes without it."""

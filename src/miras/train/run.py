@@ -30,7 +30,7 @@ INTERRUPTED = 130
 FAILED = 1
 
 # What may change between a run and its continuation without changing the numbers.
-_FREE = ("out", "resume", "threads", "checkpoint_every", "keep", "cache", "model")
+_FREE = ("out", "resume", "threads", "checkpoint_every", "keep", "cache", "model", "trust_remote_code")
 
 
 def train(options: TrainOptions) -> int:
@@ -140,6 +140,8 @@ _SIZES = (
     "intermediate_size",
     "chunk_size",
     "window_size",
+    "segment_size",
+    "pool",
     "num_persistent",
     "pattern",
     "tie_word_embeddings",
@@ -151,7 +153,7 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
     changes: dict[str, Any] = {n: getattr(options, n) for n in _SIZES if getattr(options, n) is not None}
     if options.resume:
         newest = checkpoints(options.out)[-1]
-        config = read_checkpoint_config(newest)
+        config = read_checkpoint_config(newest, options.trust_remote_code)
         if config.vocab_size != vocab_size:
             raise ValueError(
                 f"{newest} has a vocabulary of {config.vocab_size}, the tokenizer's is {vocab_size}; "
@@ -160,7 +162,7 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
         return config
     if options.model is None:
         return preset(options.preset, vocab_size=vocab_size, **changes)
-    config = read_config(options.model)
+    config = read_config(options.model, trust_remote_code=options.trust_remote_code)
     if changes or config.vocab_size != vocab_size:
         raise ValueError(
             f"--model {options.model} has its sizes already (vocabulary {config.vocab_size}, the tokenizer's "
@@ -179,7 +181,7 @@ def _task(options: TrainOptions, config: ModelConfig, tokenizer: Tokenizer) -> T
     sizes = {
         "batch_size": options.batch_size,
         "seq_len": options.seq_len,
-        "align": config.rule.chunk_size,
+        "align": config.stride(),
         "seed": options.seed,
         "micro_batches": options.accumulate,
         "carry": options.carry,
@@ -195,9 +197,13 @@ def _begin(options: TrainOptions, config: ModelConfig, task: Task) -> Run:
     fields = {f.name for f in dataclasses.fields(Settings)}
     settings = Settings(**{n: getattr(options, n) for n in fields})
     if options.resume:
-        return Run.load(checkpoints(options.out)[-1], task, settings)
+        return Run.load(checkpoints(options.out)[-1], task, settings, options.trust_remote_code)
     torch.manual_seed(options.seed)
-    model = LM(config) if options.model is None else load_model(options.model)
+    model = (
+        LM(config)
+        if options.model is None
+        else load_model(options.model, trust_remote_code=options.trust_remote_code)
+    )
     return Run(model, task, settings)
 
 
