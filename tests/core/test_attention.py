@@ -211,3 +211,41 @@ def test_gradients(size):
         return torch.cat(reads, 2)
 
     assert torch.autograd.gradcheck(read, (q, k, v, persistent))
+
+
+@pytest.mark.parametrize("size", [3, 8, None])
+@pytest.mark.parametrize("T", [1, 3, 9, 26])
+@pytest.mark.parametrize("m", [2, 3])
+def test_several_keys_of_a_token_some_of_them_left_out(T, size, m):
+    q, k, v = randn(0, 1, HEADS, T, WIDTH), randn(1, 1, HEADS, m * T, WIDTH), randn(2, 1, HEADS, m * T, WIDTH)
+    there = torch.rand(1, T, m, generator=torch.Generator().manual_seed(T)) < 0.6
+    there[..., -1] = True
+    reads = []
+    for t in range(T):
+        seen = [j for j in range(0 if size is None else max(0, t - size + 1), t + 1)]
+        pairs = [(j, m * j + i) for j in seen for i in range(m) if there[0, j, i]]
+        score = torch.stack([(turned(q[0, :, t], t - j, 100.0) * k[0, :, at]).sum(-1) for j, at in pairs])
+        value = torch.stack([v[0, :, at] for _, at in pairs])
+        weight = (score / math.sqrt(WIDTH)).softmax(0)
+        reads.append((weight[..., None] * value).sum(0))
+    expected, rng = torch.stack(reads, 1)[None], random.Random(T)
+    for pieces in ([T], [1] * T, [rng.randint(1, 7) for _ in range(T)]):
+        window = init_window(1, HEADS, WIDTH, None if size is None else m * size, q[:0])
+        at, found = 0, []
+        for n in pieces:
+            stop = min(T, at + n)
+            if at < stop:
+                cut = slice(m * at, m * stop)
+                y, window = attention(
+                    q[:, :, at:stop],
+                    k[:, :, cut],
+                    v[:, :, cut],
+                    window,
+                    size=size,
+                    theta=100.0,
+                    there=there.flatten(1)[:, cut],
+                )
+                found.append(y)
+            at = stop
+        torch.testing.assert_close(torch.cat(found, 2), expected, rtol=0, atol=1e-10)
+        assert window.k.shape[2] == m * (T if size is None else size)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miras.core.rows import pack
+from miras.core.rows import Rows, joined, pack, segments
 
 
 @st.composite
@@ -79,3 +79,52 @@ def test_gradients_pass_and_stop_at_padding():
 def test_a_mask_of_another_kind_is_refused(name, mask, got):
     with pytest.raises(ValueError, match=rf"{name} must be a bool mask \(B, T\) = \(2, 3\), got {got}"):
         pack((2, 3), **{name: mask})
+
+
+@given(batch=batches(), size=st.integers(1, 4), data=st.data())
+def test_segments_are_runs_of_one_grid_cell_and_join_to_the_whole(batch, size, data):
+    B, T, valid, write, reset = batch
+    phase = torch.tensor(data.draw(st.lists(st.integers(0, size - 1), min_size=B, max_size=B)))
+    rows = pack((B, T), valid, write, reset)
+    parts = segments(rows, phase, T, size)
+    x = torch.arange(1.0, B * T + 1).view(B, T, 1)
+    taken = [part.take(x) for part in parts]
+    real = rows.valid(T)
+    real = torch.ones(B, T, dtype=torch.bool) if real is None else real
+    if parts:
+        assert torch.equal(joined(parts, taken, T), x * real[..., None])
+    else:
+        assert not real.any()
+    for b in range(B):
+        # One token after the other: which cell is it in, how far into it?
+        at, cell, expected = int(phase[b]), -1, []
+        for t in range(T):
+            if not real[b, t]:
+                continue
+            starts = rows.reset is not None and bool(rows.reset[b, t])
+            at = 0 if starts else at
+            cell += at == 0 or cell < 0
+            if cell == len(expected):
+                expected.append((at == 0, []))
+            expected[cell][1].append(t)
+            at = (at + 1) % size
+        found = []
+        for part, y in zip(parts, taken, strict=True):
+            n = y.shape[1] if part.rows.length is None else int(part.rows.length[b])
+            if n:
+                places = [int(z) - 1 - b * T for z in y[b, :n, 0]]
+                found.append((part.starts is not None and bool(part.starts[b]), places))
+                for name in ("write", "reset"):
+                    mine, all_of_them = getattr(part.rows, name), getattr(rows, name)
+                    assert (mine is None) == (all_of_them is None)
+                    assert mine is None or torch.equal(mine[b, :n], all_of_them[b, places])
+            assert not y[b, n:].any()
+        assert found == expected
+
+
+def test_segments_of_rows_in_step_are_slices():
+    rows = Rows(write=torch.ones(2, 9, dtype=torch.bool))
+    parts = segments(rows, torch.tensor([3, 3]), 9, 4)
+    assert [part.place for part in parts] == [slice(0, 1), slice(1, 5), slice(5, 9)]
+    assert [part.everyone for part in parts] == [False, True, True]
+    assert parts[0].starts is None and parts[1].starts.all()

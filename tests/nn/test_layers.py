@@ -16,7 +16,7 @@ from miras.nn.config import ModelConfig
 from miras.nn.gates import BOUNDED, LINKS, Gate, Gates, hard
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryLayer, MemoryReader
-from miras.nn.titans import MemoryAsGate
+from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from miras.presets import preset
 
 HIDDEN, HEADS, B, T = 12, 2, 4, 26
@@ -31,6 +31,10 @@ LAYERS = {
     "window": lambda: AttentionLayer(HIDDEN, HEADS, window_size=5, num_persistent=2),
     "full": lambda: AttentionLayer(HIDDEN, HEADS, head_dim=4),
     "mag": lambda: MemoryAsGate(HIDDEN, HEADS, RULE, window_size=5, num_persistent=2),
+    "mac": lambda: MemoryAsContext(HIDDEN, HEADS, RULE, segment_size=8, num_persistent=2),
+    "mac-pooled": lambda: MemoryAsContext(HIDDEN, HEADS, RULE, segment_size=8, pool=4),
+    "mac-bare": lambda: MemoryAsContext(HIDDEN, HEADS, PLAIN, segment_size=3, conv_size=0, head_dim=4),
+    "mal": lambda: MemoryAsLayer(HIDDEN, HEADS, RULE, window_size=5, num_persistent=2),
     "mag-bare": lambda: MemoryAsGate(HIDDEN, HEADS, PLAIN, window_size=2, conv_size=0, head_dim=4),
 }
 every = pytest.mark.parametrize("kind", LAYERS)
