@@ -2,52 +2,65 @@
 
     python benchmarks/stability.py
 
-Each preset reads the three streams at chunk sizes 16 and 64, untrained and after 200 training steps on the embedded
-novel, whose held-out chapters are the third stream. |W| is looked at after every token, so that no jump is missed.
-Stops when anything is not finite. Prints a table, and draws docs/images/stability.svg.
+Every preset that has a memory reads the three streams untrained and after 200 training steps on the embedded novel,
+whose held-out chapters are the third stream: at its own chunk size, and Titans' also at 64. |W| is looked at after
+every token, so that no jump is missed. Stops when anything is not finite. Prints a table, and draws
+docs/images/stability.svg.
+
+Resumable: a finished case is one line of `runs.jsonl` and is not measured again.
 """
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from miras.core.observe import observe
 from miras.data.novel import load_novel
+from miras.nn.folder import write_atomically
 from miras.nn.lm import LM
-from miras.presets import preset
+from miras.presets import preset, presets
 from miras.train.loop import Run, Settings
 from miras.train.tasks import TextTask
 
-PRESETS = ("titans-lmm", "titans-mag", "swa-lmm")
-CHUNKS = (16, 64)
+MEMORIES = tuple(name for name in presets() if set(preset(name).pattern) != {"attention"})
+CHUNKS = {name: (16, 64) for name in ("titans-lmm", "titans-mag", "swa-lmm")}
+"""Chunk sizes where they are others than the preset's own."""
 STREAMS = ("one repeated byte", "random bytes", "held-out text")
-EVERY, EARLY = 250, 2000
+EVERY = 250
 
 COLOURS = ("#b45309", "#0f766e", "#1d4ed8")
 DASHES = ("", "6 3", "2 3")
-WIDTH, LEFT, TOP, RIGHT, BOTTOM = 1080, 84, 92, 16, 52
-GAP_X, GAP_Y, HEIGHT = 18, 44, 150
+COLUMNS, WIDE, HEIGHT = 4, 214, 104
+LEFT, TOP, BOTTOM, GAP_X, GAP_Y = 60, 84, 40, 52, 50
 
-Curves = dict[tuple[str, int, int], np.ndarray]
-"""|W| after every token by preset, chunk size and training steps: (streams, layers * heads, tokens)."""
+Row = dict[str, Any]
+"""One case: preset, chunk, steps, tokens, cpu_seconds, and by stream `at` (|W| at tokens / 20, tokens / 4 and tokens,
+mean over heads and layers), `largest` (of any head from tokens / 20 on), `curve` (the largest mean of every 250)."""
+
+
+def cases(names: list[str]) -> list[tuple[str, int]]:
+    """The presets with the chunk sizes that each is measured at."""
+    return [(name, size) for name in names for size in CHUNKS.get(name, (preset(name).rule.chunk_size,))]
 
 
 def make(name: str, chunk_size: int) -> LM:
     """Two layers of width 32 with two heads."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "window_size": 8, "num_persistent": 3}
-    return LM(preset(name, **sizes, chunk_size=chunk_size))
+    return LM(preset(name, **sizes, chunk_size=chunk_size, segment_size=64))
 
 
 def train(model: LM, steps: int) -> None:
-    """Steps on two lanes of the novel, at least a chunk at a time, states carried."""
-    chunk_size = model.config.rule.chunk_size
+    """Steps on two lanes of the novel, at least a chunk or segment at a time, states carried."""
+    stride = model.config.stride()
     tokens = np.frombuffer(load_novel().train, np.uint8)
-    task = TextTask(tokens, batch_size=2, seq_len=max(32, chunk_size), align=chunk_size, seed=0)
+    task = TextTask(tokens, batch_size=2, seq_len=max(32, stride), align=stride, seed=0)
     for _ in Run(model, task, Settings(steps=steps)).until(steps):
         pass
 
@@ -72,68 +85,93 @@ def read(model: LM, x: torch.Tensor) -> np.ndarray:
     return torch.cat([seen[layer]["weight"] for layer in seen.layers()], 1).numpy()
 
 
-def table(curves: Curves, length: int) -> str:
-    """Markdown: |W| after EARLY tokens and at the end, mean over heads; the largest of any head in between."""
-    rows = [["preset", "chunk", "training", *STREAMS], ["---", *["---:"] * (2 + len(STREAMS))]]
-    for (name, chunk_size, steps), found in curves.items():
+def measure(name: str, chunk_size: int, steps: int, tokens: int) -> Row:
+    """One case from the beginning."""
+    began = time.process_time()
+    model = make(name, chunk_size)
+    if steps:
+        train(model, steps)
+    row: Row = {"preset": name, "chunk": chunk_size, "steps": steps, "tokens": tokens}
+    for stream, w in zip(STREAMS, read(model, streams(tokens)), strict=True):
+        row[stream] = {
+            "at": [float(w[:, at - 1].mean()) for at in (tokens // 20, tokens // 4, tokens)],
+            "largest": float(w[:, tokens // 20 - 1 :].max()),
+            "curve": [float(x) for x in w.mean(0).reshape(-1, EVERY).max(-1)],
+        }
+    return row | {"cpu_seconds": round(time.process_time() - began, 1)}
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: |W| at three places and the largest of any head."""
+    lines = [["preset", "chunk", "training", *STREAMS], ["---", *["---:"] * (2 + len(STREAMS))]]
+    for row in rows:
         cells = [
-            f"{w[:, EARLY - 1].mean():.1f} / {w[:, -1].mean():.1f} / {w[:, EARLY - 1 :].max():.1f}"
-            for w in found
+            f"{' / '.join(short(x) for x in row[s]['at'])} ({short(row[s]['largest'])})" for s in STREAMS
         ]
-        rows.append([name, str(chunk_size), f"{steps} steps" if steps else "none", *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        trained = f"{row['steps']} steps" if row["steps"] else "none"
+        lines.append([row["preset"], str(row["chunk"]), trained, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def draw(curves: Curves, length: int) -> str:
-    """A row of panels for each preset, all on one log scale, a line for each stream."""
-    cases = sorted({key[1:] for key in curves})
-    lines = {key: w.mean(1).reshape(len(w), -1, EVERY).max(-1) for key, w in curves.items()}
-    ticks = scale(min(w.min() for w in lines.values()), max(w.max() for w in lines.values()))
+def short(x: float) -> str:
+    """Two digits, or all of those in front of the point up to four."""
+    if x >= 9999.5:
+        return f"{x:.1e}".replace("e+0", "e")
+    return f"{x:.0f}" if x >= 9.95 else f"{x:.1f}" if x >= 0.995 else f"{x:.2f}"
 
-    def up(value: float) -> float:
-        return HEIGHT * math.log(value / ticks[0]) / math.log(ticks[-1] / ticks[0])
 
-    wide = (WIDTH - LEFT - RIGHT - GAP_X * (len(cases) - 1)) / len(cases)
-    tall = TOP + len(PRESETS) * HEIGHT + (len(PRESETS) - 1) * GAP_Y + BOTTOM
+def draw(rows: list[Row]) -> str:
+    """A panel for each case, each on its own log scale, a line for each stream."""
+    down = -(-len(rows) // COLUMNS)
+    width = LEFT + COLUMNS * WIDE + (COLUMNS - 1) * GAP_X + 16
+    tall = TOP + down * HEIGHT + (down - 1) * GAP_Y + BOTTOM
+    tokens = rows[0]["tokens"]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" height="{tall}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {tall}" width="{width}" height="{tall}" '
         'font-family="system-ui, sans-serif" font-size="13" fill="#1f2937" role="img" aria-labelledby="t">',
-        f'<title id="t">|W| over {length:,} tokens at the default gates</title>',
-        f'<rect width="{WIDTH}" height="{tall}" fill="#ffffff"/>',
+        f'<title id="t">|W| over {tokens:,} tokens after training at the default gates</title>',
+        f'<rect width="{width}" height="{tall}" fill="#ffffff"/>',
         text(
-            LEFT,
+            16,
             24,
             f"|W|, mean over heads and layers, the largest of every {EVERY} tokens",
             size=16,
             weight=600,
         ),
     ]
-    at = LEFT
+    at = 16
     for stream, colour, dash in zip(STREAMS, COLOURS, DASHES, strict=True):
         parts += [line([(at, 46), (at + 30, 46)], colour, dash), text(at + 38, 50, stream)]
         at += 38 + 8 * len(stream) + 24
-    for row, name in enumerate(PRESETS):
-        y = TOP + row * (HEIGHT + GAP_Y)
-        parts.append(text(18, y + HEIGHT / 2, f"{name}, |W|", "middle", turn=True, weight=600))
-        for column, (chunk_size, steps) in enumerate(cases):
-            x = LEFT + column * (wide + GAP_X)
-            trained = f"after {steps} steps" if steps else "untrained"
-            parts.append(text(x, y - 8, f"chunk {chunk_size}, {trained}"))
-            for tick in ticks:
-                place = y + HEIGHT - up(tick)
-                parts.append(line([(x, place), (x + wide, place)], "#d1d5db", width=1))
-                if column == 0:
-                    parts.append(text(x - 8, place + 4, f"{tick:g}", "end"))
-            for i in range(3):
-                anchor = ("start", "middle", "end")[i]
-                parts.append(text(x + wide * i / 2, y + HEIGHT + 17, f"{length * i // 2:,}", anchor, size=11))
-            for values, colour, dash in zip(lines[name, chunk_size, steps], COLOURS, DASHES, strict=True):
-                places = [
-                    (x + wide * (i + 0.5) / len(values), y + HEIGHT - up(v)) for i, v in enumerate(values)
-                ]
-                parts.append(line(places, colour, dash))
-    parts.append(text((LEFT + WIDTH - RIGHT) / 2, tall - 10, "tokens read", "middle"))
+    for i, row in enumerate(rows):
+        parts += panel(
+            row, LEFT + i % COLUMNS * (WIDE + GAP_X), TOP + i // COLUMNS * (HEIGHT + GAP_Y), tokens
+        )
+    parts.append(text(width / 2, tall - 8, "tokens read", "middle"))
     return "\n".join([*parts, "</svg>\n"])
+
+
+def panel(row: Row, x: float, y: float, tokens: int) -> list[str]:
+    """One case at x, y."""
+    curves = [row[stream]["curve"] for stream in STREAMS]
+    # What is 0, a memory that nothing was written to yet, has no place on a log scale.
+    values = [v for curve in curves for v in curve if v > 0]
+    ticks = scale(min(values), max(values))
+
+    def place(value: float) -> float:
+        share = math.log(max(value, ticks[0]) / ticks[0]) / math.log(ticks[-1] / ticks[0])
+        return y + HEIGHT - HEIGHT * share
+
+    parts = [text(x, y - 8, f"{row['preset']}, chunk {row['chunk']}", weight=600)]
+    for tick in (ticks[0], ticks[len(ticks) // 2], ticks[-1]):
+        parts.append(line([(x, place(tick)), (x + WIDE, place(tick))], "#d1d5db", width=1))
+        parts.append(text(x - 6, place(tick) + 4, f"{tick:g}", "end", size=11))
+    for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
+        parts.append(text(x + WIDE * share, y + HEIGHT + 15, f"{tokens * share:,.0f}", anchor, size=11))
+    for curve, colour, dash in zip(curves, COLOURS, DASHES, strict=True):
+        step = WIDE / len(curve)
+        parts.append(line([(x + step * (i + 0.5), place(v)) for i, v in enumerate(curve)], colour, dash))
+    return parts
 
 
 def scale(lowest: float, highest: float) -> list[float]:
@@ -172,27 +210,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tokens", type=int, default=20_000, help=f"a multiple of {EVERY}, at least {EARLY}")
+    parser.add_argument(
+        "--preset", nargs="*", choices=MEMORIES, default=list(MEMORIES), metavar="NAME", help="default: all"
+    )
+    parser.add_argument("--tokens", type=int, default=20_000, help=f"a multiple of 20 and of {EVERY}")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("docs/images/stability.svg"))
+    parser.add_argument("--out", type=Path, default=Path("runs/stability"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/images/stability.svg"))
     options = parser.parse_args()
-    if options.tokens % EVERY or options.tokens < EARLY:
-        parser.error(f"--tokens must be a multiple of {EVERY} and at least {EARLY}, got {options.tokens}")
+    if options.tokens < EVERY or options.tokens % math.lcm(20, EVERY):
+        parser.error(f"--tokens must be a multiple of 20 and of {EVERY}, got {options.tokens}")
     torch.set_num_threads(options.threads)
-    began = time.process_time()
-    x = streams(options.tokens)
-    curves: Curves = {}
-    for name in PRESETS:
-        for chunk_size in CHUNKS:
-            model = make(name, chunk_size)
-            curves[name, chunk_size, 0] = read(model, x)
-            train(model, options.steps)
-            curves[name, chunk_size, options.steps] = read(model, x)
-    print(table(curves, options.tokens))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(draw(curves, options.tokens))
-    print(f"{options.out}, {time.process_time() - began:.0f} CPU seconds")
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "runs.jsonl"
+    kept = [json.loads(text) for text in file.read_text().splitlines()] if file.exists() else []
+    rows: list[Row] = []
+    for name, chunk_size in cases(options.preset):
+        for steps in (0, options.steps):
+            key = {"preset": name, "chunk": chunk_size, "steps": steps, "tokens": options.tokens}
+            row = next((row for row in kept if row.items() >= key.items()), None)
+            if row is None:
+                row = measure(name, chunk_size, steps, options.tokens)
+                kept.append(row)
+                write_atomically(file, "".join(json.dumps(each) + "\n" for each in kept).encode())
+            rows.append(row)
+    print(table(rows))
+    options.figure.parent.mkdir(parents=True, exist_ok=True)
+    options.figure.write_text(draw([row for row in rows if row["steps"]]))
+    print(f"{options.figure}, {sum(row['cpu_seconds'] for row in rows):.0f} CPU seconds")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from miras.nn.folder import model_hash, save_model
 from miras.nn.lm import LM
 from miras.options import EvalOptions, InfoOptions, StreamOptions
 from miras.presets import preset
-from miras.stream import load_state, read
+from miras.stream import load_state, read, source
 from miras.train.options import TrainOptions
 
 TEXT = load_novel().heldout[:900]
@@ -465,7 +465,7 @@ def test_ctrl_c_while_generating(
     def say(_: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "_say", say)
+    monkeypatch.setattr(commands, "say", say)
     assert run("generate model --prompt abc --save-state s") == 130
     assert "stopped; state after 4 tokens saved to s" in capsys.readouterr().err
 
@@ -487,7 +487,7 @@ def test_a_tokenizer_in_the_folder_is_used(place: Path, capsys: pytest.CaptureFi
     # Blocks of any size are cut where words end, so that the tokens are those of the whole.
     for size in (1, 10, 1000):
         blocks = iter([TEXT[at : at + size] for at in range(0, len(TEXT), size)])
-        assert np.concatenate(list(commands._tokens(blocks, tokenizer))).tolist() == ids.tolist()
+        assert np.concatenate(list(source.text_tokens(blocks, tokenizer))).tolist() == ids.tolist()
     assert run("stream bpe text.txt") == 0
     out = capsys.readouterr().out
     nats = np.nansum(read(model, ids).losses, dtype=np.float64)
@@ -508,18 +508,18 @@ def test_a_text_without_spaces_is_not_held_back(monkeypatch: pytest.MonkeyPatch)
             self.sizes.append(len(text))
             return np.frombuffer(text, dtype=np.uint8).astype(np.int64)
 
-    monkeypatch.setattr(commands, "BLOCK", 10)
+    monkeypatch.setattr(source, "BLOCK", 10)
     data = "語".encode() * 400
     blocks = iter([data[at : at + 10] for at in range(0, len(data), 10)])
-    ids = np.concatenate(list(commands._tokens(blocks, Other())))  # pyright: ignore
+    ids = np.concatenate(list(source.text_tokens(blocks, Other())))  # pyright: ignore
     assert ids.astype(np.uint8).tobytes() == data and max(Other.sizes) <= 180
 
 
 def test_control_characters_do_not_reach_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    commands._say("a\x1b[2Jb\n")
+    commands.say("a\x1b[2Jb\n")
     assert capsys.readouterr().out == "a\x1b[2Jb\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    commands._say("a\x1b[2Jb\n\té語")
+    commands.say("a\x1b[2Jb\n\té語")
     assert capsys.readouterr().out == "a[2Jb\n\té語"

@@ -8,7 +8,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -93,11 +93,37 @@ def stream(arguments: list[str]) -> int:
     return commands.stream(options)
 
 
+def report(arguments: list[str]) -> int:
+    """Write a page that shows what surprised a model in a text."""
+    from miras.report.options import ReportOptions
+
+    options = parse(ReportOptions, "report", arguments)
+    from miras.report.run import report as run
+
+    return run(options)
+
+
+def session(arguments: list[str]) -> int:
+    """Keep a memory from day to day: feed it, talk to it, fork, compare and ask it."""
+    from miras.session.options import COMMANDS as KINDS
+
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h"):
+        print(_overview("miras session", {each: kind.__doc__ for each, kind in KINDS.items()}))
+        return 0 if arguments else 2
+    options = parse(KINDS[_known(name, KINDS)], f"session {name}", arguments[1:])
+    from miras.session.commands import RUN
+
+    return RUN[name](options)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "generate": generate,
     "stream": stream,
+    "report": report,
+    "session": session,
     "info": info,
     "list": show,
     "demo": demo,
@@ -139,26 +165,31 @@ def _dispatch(arguments: list[str]) -> int:
         print(f"miras {__version__}")
         return 0
     if name in ("--help", "-h"):
-        print(_overview())
+        print(_overview("miras", {each: run.__doc__ for each, run in COMMANDS.items()}))
         return 0 if arguments else 2
-    if name not in COMMANDS:
+    return COMMANDS[_known(name, COMMANDS)](arguments[1:])
+
+
+def _known(name: str, commands: Iterable[str]) -> str:
+    if name not in commands:
         raise ValueError(
-            f"unknown command {name!r}{_nearest(name, COMMANDS)}; known are {', '.join(COMMANDS)}"
+            f"unknown command {name!r}{_nearest(name, commands)}; known are {', '.join(commands)}"
         )
-    return COMMANDS[name](arguments[1:])
+    return name
 
 
-def _overview() -> str:
-    lines = [f"  {name:<10} {(run.__doc__ or '').strip()}" for name, run in COMMANDS.items()]
+def _overview(program: str, about: Mapping[str, str | None]) -> str:
+    """The commands of a program, each with what it says about itself."""
+    lines = [f"  {name:<10} {(text or '').strip().splitlines()[0]}" for name, text in about.items()]
     return "\n".join(
         [
-            "usage: miras COMMAND [OPTIONS]",
+            f"usage: {program} COMMAND [OPTIONS]",
             "",
             "Memory that learns at test time, for sequence models.",
             "",
             *lines,
             "",
-            "`miras COMMAND --help` shows a command's options, `miras --version` the version.",
+            f"`{program} COMMAND --help` shows a command's options, `miras --version` the version.",
         ]
     )
 

@@ -10,15 +10,15 @@ import torch
 import miras
 from miras.core.algorithm import GradientAscent, GradientDescent
 from miras.core.bias import Bias
-from miras.core.memory import MLP, Matrix
-from miras.core.retention import Bregman, FDivergence, Keep
+from miras.core.memory import MLP, GatedMLP, Matrix
+from miras.core.retention import Bregman, FDivergence, Keep, Simplex
 from miras.core.rule import Rule, link
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.memory import Features
-from miras.presets import LAST_LAYER, SOURCES, preset, presets
+from miras.presets import SOURCES, last_layer, preset, presets
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2}
 
@@ -112,8 +112,39 @@ ABLATIONS = {
     "first-order": {"algorithm": GradientDescent(momentum=True, step_bound=10.0, first_order=True)},
     "ascent": {"algorithm": GradientAscent(momentum=True, step_bound=10.0)},
     "query": {"features": Features(keys="query")},
-    "last": {"gates": LAST_LAYER},
+    "last": {"gates": last_layer(preset("titans-mag").rule)},
 }
+
+
+def test_a_simplex_along_a_channel_wise_gate_is_refused_with_the_config():
+    """Memora's forget gate is by output channel: its simplex can only be along the inputs."""
+    for axis in ("output", "all"):
+        with refused(f"gate forget has channels='output', along which Simplex(axis={axis!r}"):
+            preset("memora", retention=Simplex(axis))
+    gates = {"forget": Gate(bias=-5.0, per_weight=True, channels="input")}
+    turned = preset("memora", retention=Simplex("output"), gates=gates, **SMALL)
+    assert LM(turned)(torch.zeros(1, 3, dtype=torch.long))[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [("yaad", MLP()), ("ttt-mlp", MLP(depth=3, bias=True, affine=True)), ("titans-lmm", GatedMLP())],
+)
+def test_only_the_last_layer_learns(name, memory):
+    """Of any memory, with momentum or without, biases included."""
+    base = preset(name, memory=memory, **SMALL)
+    model = LM(miras.presets.override(base, gates=last_layer(base.rule)))
+    _, state = model(torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0)))
+    A, A0 = state.layers[0].memory.A, model.model.layers[0].mixer.reader.A0(1)
+    moved = {n for n in A if not torch.equal(A[n], A0[n])}
+    depth = 3 if name == "ttt-mlp" else 2
+    assert moved == {n for n in A if n.endswith(str(depth))}
+
+
+def test_a_memory_of_one_layer_has_no_last_one():
+    for name in ("deltanet", "ttt-linear", "titans-linear"):
+        with refused("has one layer, so there is none to leave as it begins"):
+            last_layer(preset(name).rule)
 
 
 @pytest.mark.parametrize("kind", ABLATIONS)

@@ -8,8 +8,8 @@ import torch
 
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import Huber
-from miras.core.memory import MLP, Matrix
-from miras.core.retention import Decay
+from miras.core.memory import MLP, Matrix, Vector
+from miras.core.retention import Decay, LqNorm, Simplex
 from miras.core.rule import Rule
 from miras.nn.gates import ALWAYS, NEVER, Gate, Gates
 from miras.nn.memory import DEFAULT_GATES
@@ -137,11 +137,40 @@ BOUND = Rule(Matrix(), retention=Decay(), algorithm=GradientDescent(step_bound=1
             {"lr": Gate(channels="output")},
             "with 2 steps per token",
         ),
+        (
+            Rule(Matrix(), retention=Simplex("output")),
+            {"forget": Gate(channels="output")},
+            "gate forget has channels='output', along which Simplex(axis='output', scale=None) normalises",
+        ),
+        (
+            Rule(MLP(expansion=2, residual=False), retention=Simplex("all")),
+            {"forget.w2": Gate(channels="input")},
+            "gate forget.w2 has channels='input', along which Simplex(axis='all'",
+        ),
+        (
+            Rule(MLP(bias=True, residual=False), retention=Simplex("output")),
+            {"forget": Gate(channels="output", per_weight=True)},
+            "give it channels=None or channels='input', or turn the axis",
+        ),
     ],
 )
 def test_refusals(rule, gates, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make(rule, **gates)
+
+
+@pytest.mark.parametrize(
+    ("rule", "channels"),
+    [
+        (Rule(Matrix(), retention=Simplex("output")), "input"),
+        (Rule(Matrix(), retention=Simplex("input")), "output"),
+        (Rule(Vector(), retention=Simplex("all")), "output"),  # one channel: nothing to differ
+        (Rule(Matrix(), retention=LqNorm()), "output"),
+    ],
+)
+def test_forgetting_across_a_simplex_is_allowed(rule, channels):
+    part = Gates(HIDDEN, HEADS, rule, DEFAULT_GATES | {"forget": Gate(channels=channels)}, KEY, KEY)
+    assert part.made[-1].channels == channels
 
 
 @pytest.mark.parametrize(

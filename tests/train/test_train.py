@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from miras.core.bias import Bias
 from miras.data.tokens import FileTokenizer
-from miras.nn.folder import load_model
+from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.presets import attention_twin, preset
@@ -168,6 +169,29 @@ def test_wrong_options_are_refused_before_any_work(tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(options(tmp_path / "run", **changes))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved(Bias):
+    """A choice that the library does not have."""
+
+    def loss(self, pred, target, gates):
+        return (pred - target).square().sum(-1) / 4
+
+
+def test_a_model_that_names_code_is_trained_and_resumed_only_with_trust(tmp_path):
+    save_model(LM(preset("yaad", bias=Halved(), **SMALL)), tmp_path / "model")
+    begin = {"model": tmp_path / "model", "steps": 2, **dict.fromkeys(SMALL)}
+    with pytest.raises(ValueError, match="--trust-remote-code"):
+        train(options(tmp_path / "run", **begin))
+    assert not (tmp_path / "run").exists()
+    assert train(options(tmp_path / "run", **begin, trust_remote_code=True)) == 0
+    rest = begin | {"steps": 3, "resume": True}
+    with pytest.raises(ValueError, match="--trust-remote-code"):
+        train(options(tmp_path / "run", **rest))
+    assert train(options(tmp_path / "run", **rest, trust_remote_code=True)) == 0
+    trained = load_model(tmp_path / "run" / "model", trust_remote_code=True)
+    assert trained.config.rule.bias == Halved()
 
 
 def test_an_existing_run_is_not_overwritten_nor_resumed_as_another(tmp_path):

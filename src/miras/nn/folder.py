@@ -20,6 +20,14 @@ from miras.nn.config import ModelConfig
 from miras.nn.lm import LM
 
 MODEL_TYPE = "miras"
+ARCHITECTURE = "MirasForCausalLM"
+OF_TRANSFORMERS = frozenset(
+    "model_type architectures auto_map transformers_version dtype torch_dtype return_dict output_attentions "
+    "output_hidden_states use_cache is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type "
+    "pad_token_id bos_token_id eos_token_id tokenizer_class name_or_path _name_or_path".split()
+)
+"""Fields of a config.json that only `transformers` reads."""
+
 DRAFT = ".draft"
 """How the names of what is still being written end."""
 
@@ -99,7 +107,7 @@ def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = N
 
 def model_files(model: LM) -> dict[str, bytes]:
     """The files of a model's folder, by name."""
-    config = {"model_type": MODEL_TYPE, "architectures": ["MirasForCausalLM"], **model.config.to_dict()}
+    config = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], **model.config.to_dict()}
     return {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "model.safetensors": save(weights(model), metadata={"format": "pt"}),
@@ -175,6 +183,9 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
                 f"model.safetensors, as `miras train` writes it"
             )
     model = LM(read_config(folder, trust_remote_code=trust_remote_code))
+    kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    if kinds and kinds != [ARCHITECTURE]:
+        raise ValueError(f"{folder} holds a {' and '.join(kinds)}, and no language model ({ARCHITECTURE})")
     try:
         stored = load_file(folder / "model.safetensors")
     except SafetensorError as error:
@@ -202,7 +213,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Model
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{path} does not describe a miras model (its model_type is not {MODEL_TYPE!r})")
-    values = {n: x for n, x in values.items() if n not in ("model_type", "architectures")}
+    values = {n: x for n, x in values.items() if n not in OF_TRANSFORMERS}
     try:
         return ModelConfig.from_dict(values, trust_remote_code=trust_remote_code)
     except (KeyError, TypeError, ValueError) as error:

@@ -105,10 +105,10 @@ _META = {
 }
 
 
-def read_checkpoint_config(path: Path) -> ModelConfig:
+def read_checkpoint_config(path: Path, trust_remote_code: bool = False) -> ModelConfig:
     """The config of a checkpoint's model. ValueError as `read_meta` raises it."""
     try:
-        return read_config(path)
+        return read_config(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _refused(path, str(error)) from error
 
@@ -133,14 +133,16 @@ def _refused(path: Path, why: str) -> ValueError:
     return ValueError(f"{why}{way}")
 
 
-def load_checkpoint(path: Path) -> tuple[LM, dict[str, Tensor], dict[str, Any]]:
+def load_checkpoint(
+    path: Path, trust_remote_code: bool = False
+) -> tuple[LM, dict[str, Tensor], dict[str, Any]]:
     """The model, the training tensors and the meta data of a checkpoint. ValueError as `read_meta` raises it."""
     meta = read_meta(path)
     if missing := {"config.json", "model.safetensors", "training.safetensors"} - meta["sha256"].keys():
         raise _refused(path, f"{path / 'training.json'} lacks the hash of {', '.join(sorted(missing))}")
     files = _read(path, meta["sha256"])
     try:
-        model = load_model(path)
+        model = load_model(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise _refused(path, str(error)) from error
     return model, load_tensors(files["training.safetensors"]), meta

@@ -113,9 +113,9 @@ class Run:
         return save_checkpoint(folder, self.model, self.optimizer, self.task.states, meta, extra, keep)
 
     @staticmethod
-    def load(path: Path, task: Task, settings: Settings) -> "Run":
-        """The run that a checkpoint holds, to go on exactly."""
-        model, tensors, meta = load_checkpoint(path)
+    def load(path: Path, task: Task, settings: Settings, trust_remote_code: bool = False) -> "Run":
+        """The run that a checkpoint holds, to go on exactly; `trust_remote_code` as in `load_model`."""
+        model, tensors, meta = load_checkpoint(path, trust_remote_code)
         run = Run(model, task, settings)
         task.restore(meta["task"])
         task.states = restore(model, run.optimizer, tensors, meta)

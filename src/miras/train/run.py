@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from miras.data.novel import load_novel
-from miras.data.tokens import FileTokenizer, Tokenizer, load_tokenizer, prepare
+from miras.data.tokens import Tokenizer, load_tokenizer, prepare
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, naming, read_config, save_model, write_atomically, write_whole
 from miras.nn.lm import LM
@@ -42,7 +42,7 @@ def train(options: TrainOptions) -> int:
     config = model_config(options, tokenizer.vocab_size)
     task = _task(options, config, tokenizer)
     run = _begin(options, config, task)
-    extra = {"tokenizer.json": tokenizer.to_json()} if isinstance(tokenizer, FileTokenizer) else {}
+    extra = tokenizer.files()
     metrics = Metrics(options.out / "metrics.jsonl", run.step)
     console.print(
         f"{options.model or options.preset}: {run.model.num_parameters():,} parameters, "
