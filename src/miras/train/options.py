@@ -79,4 +79,4 @@ class TrainOptions:
     keep: int = 2
     """Checkpoints to keep."""
     resume: bool = False
-    """Go on from the newest checkpoint in OUT, exactly as if there had been no stop."""
+    """Go on from the newest checkpoint in OUT, as if there had been no stop; options left out are as it began."""

@@ -32,11 +32,14 @@ FAILED = 1
 # What may change between a run and its continuation without changing the numbers.
 _FREE = ("out", "resume", "threads", "checkpoint_every", "keep", "cache", "model", "trust_remote_code")
 
+_PATHS = ("tokenizer",)
+
 
 def train(options: TrainOptions) -> int:
     """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
     console = Console(stderr=True)
     set_threads(options.threads)
+    options = _resumed(options)
     _check(options)
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
@@ -79,12 +82,29 @@ def train(options: TrainOptions) -> int:
     path = save()
     if run.step < options.steps:
         console.print(
-            f"Interrupted. {path} holds everything: the same command with --resume goes on from there."
+            f"Interrupted. {path} holds everything: `miras train --out {options.out} --resume` goes on from there."
         )
         return INTERRUPTED
     save_model(run.model, options.out / "model", extra)
     console.print(f"The model is {options.out / 'model'}; what each step did is in {metrics.path}.")
     return 0
+
+
+def _resumed(options: TrainOptions) -> TrainOptions:
+    """On resuming, what the options leave at its default is as the run began: `--out RUN --resume` says it all."""
+    there = checkpoints(options.out) if options.resume and options.out.exists() else []
+    if not there:
+        return options
+    before = read_meta(there[-1])["options"]
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(options):
+        if f.name in _FREE or f.name not in before or getattr(options, f.name) != f.default:
+            continue
+        value: Any = before[f.name]
+        if f.name in _PATHS and value is not None:
+            value = Path(value)
+        changes[f.name] = tuple(value) if isinstance(value, list) else value
+    return dataclasses.replace(options, **changes)
 
 
 def _check(options: TrainOptions) -> None:
