@@ -31,6 +31,8 @@ _HOMES = {
     "miras.nn.config": ("ModelConfig",),
     "miras.nn.lm": ("LM", "LMState"),
     "miras.presets": ("preset", "presets"),
+    "miras.hf": ("MirasConfig", "MirasModel", "MirasForCausalLM", "MirasForSequenceClassification", "MirasCache"),
+    "miras.session.session": ("Session",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -69,6 +71,11 @@ if TYPE_CHECKING:
     from miras.core.rule import State as State
     from miras.core.rule import init_state as init_state
     from miras.core.rule import recurrence as recurrence
+    from miras.hf import MirasCache as MirasCache
+    from miras.hf import MirasConfig as MirasConfig
+    from miras.hf import MirasForCausalLM as MirasForCausalLM
+    from miras.hf import MirasForSequenceClassification as MirasForSequenceClassification
+    from miras.hf import MirasModel as MirasModel
     from miras.nn.attention import AttentionLayer as AttentionLayer
     from miras.nn.config import ModelConfig as ModelConfig
     from miras.nn.gates import Gate as Gate
@@ -82,6 +89,7 @@ if TYPE_CHECKING:
     from miras.ops import scan as scan
     from miras.presets import preset as preset
     from miras.presets import presets as presets
+    from miras.session.session import Session as Session
 
 
 def __getattr__(name: str) -> Any:

@@ -50,12 +50,7 @@ def generate(
     that has this much of the probability. The prompt may be empty when `state` is a StreamState, which knows
     what comes next. Raises ValueError for values that make no sense and ids outside the vocabulary.
     """
-    if num_tokens < 0:
-        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature must be 0 (the most likely token) or more, got {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    check_sampling(num_tokens, temperature, top_p)
     ids = as_rows(prompt)
     if len(ids) != 1:
         raise ValueError(f"a prompt is one row of tokens, got {len(ids)} rows")
@@ -66,6 +61,16 @@ def generate(
         state = part.state
     assert isinstance(state, StreamState)
     return Generation(model, state, num_tokens, temperature, top_p, seed)
+
+
+def check_sampling(num_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise ValueError for values that make no sense."""
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be 0 (the most likely token) or more, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:

@@ -1,0 +1,128 @@
+"""What a session is made of, how far two of them are apart, and what is left of each episode."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from miras.core.observe import observe
+from miras.core.rule import State, link
+from miras.core.state import Record, Tree
+from miras.nn.folder import weights
+from miras.nn.lm import LM, LMState
+from miras.session.moment import Ids, Moment, mean
+from miras.stream.run import read
+
+
+def memories(model: LM, state: LMState) -> dict[str, Tree]:
+    """The weights W of each layer's memory, {layer: {weight: (B, H, d_in, d_out)}}; empty for attention alone."""
+    return {
+        f"layers.{number}": link(model.config.rule, found.A)
+        for number, part in enumerate(state.layers)
+        for found in _states(part)
+    }
+
+
+def _states(value: Any) -> Iterator[State]:
+    """The memory's state in a layer's state, however the layer is wired."""
+    if isinstance(value, State):
+        yield value
+    elif isinstance(value, Record):
+        for field in fields(value):
+            yield from _states(getattr(value, field.name))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How far one weight of one layer's memory has moved.
+
+    size: |W| before, over all heads; distance: |W' - W|; heads: each head's distance as a share of its own size.
+    """
+
+    layer: str
+    weight: str
+    size: float
+    distance: float
+    heads: tuple[float, ...]
+
+    @property
+    def share(self) -> float:
+        """The distance as a share of the size."""
+        return _share(self.distance, self.size)
+
+
+def moved(model: LM, before: LMState, after: LMState) -> list[Moved]:
+    """How far each weight of each layer's memory is in one state from where it is in another, in Frobenius norms."""
+    there, here = memories(model, before), memories(model, after)
+    return [
+        _moved(layer, name, w[0], here[layer][name][0])
+        for layer, tree in there.items()
+        for name, w in tree.items()
+    ]
+
+
+def _moved(layer: str, name: str, before: Tensor, after: Tensor) -> Moved:
+    """Weights (H, d_in, d_out) before and after."""
+    sizes = before.double().flatten(1).norm(dim=1)
+    distances = (after.double() - before.double()).flatten(1).norm(dim=1)
+    heads = tuple(_share(float(d), float(s)) for d, s in zip(distances, sizes, strict=True))
+    return Moved(layer, name, float(sizes.norm()), float(distances.norm()), heads)
+
+
+def _share(distance: float, size: float) -> float:
+    if distance == 0:
+        return 0.0
+    return distance / size if size else float("inf")
+
+
+def outer_distance(before: LM, after: LM) -> float:
+    """How far the outer weights of one model are from those of another, as a share of the first one's size."""
+    there, here = weights(before), weights(after)
+    size = sum(float(x.double().square().sum()) for x in there.values()) ** 0.5
+    return sum(float((here[n].double() - x.double()).square().sum()) for n, x in there.items()) ** 0.5 / size
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """What is left of an episode: mean losses in nats on its kept tokens, read without writing.
+
+    now: with the memory as it is; after: as it was right after reading it (measured then, with the weights of then);
+    fresh: with one that never read anything; base: that and the base model's weights, where weights have learned.
+    What attention has in its window goes with the memory. None where nothing was measured.
+    """
+
+    name: str
+    time: str
+    tokens: int
+    kept: int
+    now: float | None
+    after: float | None
+    fresh: float | None
+    base: float | None
+
+
+def recalled(base: LM, model: LM, moment: Moment) -> list[Recalled]:
+    """What is left at a moment of each episode before it; `model` is the base model with what was learned."""
+    return [
+        Recalled(
+            name=episode.name,
+            time=episode.time,
+            tokens=episode.tokens,
+            kept=len(episode.kept),
+            now=loss_of(model, episode.kept, moment.state),
+            after=episode.after,
+            fresh=loss_of(model, episode.kept, None),
+            base=loss_of(base, episode.kept, None) if moment.delta else None,
+        )
+        for episode in moment.episodes
+    ]
+
+
+def loss_of(model: LM, ids: Ids, state: LMState | None) -> float | None:
+    """Mean loss in nats of tokens (T,) read behind a state without writing; the first one does not count.
+
+    A fresh stream has no prediction for it, so it counts nowhere. None when there is no other.
+    """
+    with observe(False):
+        return mean(read(model, ids, state, write=False).losses[0, 1:])

@@ -1,0 +1,121 @@
+"""What a session is at one time, as values: its state, its past, and what was learned."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miras.core.state import Tree
+from miras.nn.lm import LMState
+
+Ids = NDArray[np.uint8 | np.int32]
+"""Token ids (T,) as they are kept: a byte each where the vocabulary allows it."""
+
+KEEP = 4096
+"""Tokens of each episode that are kept unless told otherwise, to ask later what is left of it."""
+
+
+def compact(ids: NDArray[np.int64], vocab_size: int) -> Ids:
+    """Token ids in the smallest type that is kept."""
+    return ids.astype(np.uint8 if vocab_size <= 256 else np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One thing that was read, and how well.
+
+    time: when it began (UTC, ISO 8601); start: tokens that the session had read before; tokens: read in it, those
+    that the model said included; nats, scored: sum and number of the losses of what was fed; kept: its first
+    tokens; after: mean loss of those in nats, read once more without writing when the episode was over (None:
+    too few were kept); learned: segments from which the outer weights learned.
+    """
+
+    name: str
+    time: str
+    start: int
+    kept: Ids
+    tokens: int = 0
+    nats: float = 0.0
+    scored: int = 0
+    after: float | None = None
+    learned: int = 0
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss while it was read, in nats per token; None when nothing in it was predicted."""
+        return self.nats / self.scored if self.scored else None
+
+    def grown(self, ids: NDArray[np.int64], losses: NDArray[np.float32], keep: int) -> "Episode":
+        """The episode with more tokens (T,) at its end; losses (T,) are NaN where none counts."""
+        room = max(0, keep - len(self.kept))
+        return replace(
+            self,
+            kept=np.concatenate([self.kept, ids[:room].astype(self.kept.dtype)]),
+            tokens=self.tokens + len(ids),
+            nats=self.nats + float(np.nansum(losses, dtype=np.float64)),
+            scored=self.scored + int((~np.isnan(losses)).sum()),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Reservoir:
+    """A bounded sample of the segments seen so far, each of which is in it with the same probability."""
+
+    segments: tuple[Ids, ...] = ()
+    seen: int = 0
+
+    def with_segment(self, segment: Ids, size: int) -> "Reservoir":
+        """The sample after one more segment; `size` segments are the most it holds."""
+        held = list(self.segments[:size])
+        if len(held) < size:
+            held.append(segment)
+        elif (place := int(self._random().integers(self.seen + 1))) < size:
+            held[place] = segment
+        return Reservoir(tuple(held), self.seen + 1)
+
+    def draw(self) -> Ids | None:
+        """One of the segments, the same one until another is added; None when there is none."""
+        return self.segments[int(self._random().integers(len(self.segments)))] if self.segments else None
+
+    def _random(self) -> np.random.Generator:
+        return np.random.default_rng(self.seen)
+
+
+@dataclass(frozen=True, eq=False)
+class Moment:
+    """All that a session is at one time: what a mark keeps and a rewind brings back.
+
+    delta: what was learned, {weight of the model: difference to the base model's}, empty for nothing.
+    """
+
+    state: LMState
+    episodes: tuple[Episode, ...] = ()
+    delta: Tree = field(default_factory=dict)
+    past: Reservoir = field(default_factory=Reservoir)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far."""
+        return int(self.state.tokens[0])
+
+    @property
+    def days(self) -> int:
+        """Days (UTC) on which something was read."""
+        return len({episode.time[:10] for episode in self.episodes})
+
+
+T = TypeVar("T")
+
+
+def distinct(values: Iterable[T]) -> list[T]:
+    """Each object once: what several moments share is held, and saved, once."""
+    return list({id(value): value for value in values}.values())
+
+
+def mean(losses: NDArray[np.float32]) -> float | None:
+    """The mean of the losses that are numbers, or None without any."""
+    value = math.nan if np.isnan(losses).all() else float(np.nanmean(losses, dtype=np.float64))
+    return None if math.isnan(value) else value

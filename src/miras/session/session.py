@@ -1,0 +1,362 @@
+"""A memory that goes on: what it is fed it learns, and it can be forked, rewound, saved and asked."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from miras.core.observe import Observation
+from miras.core.observe import observe as observation
+from miras.data.tokens import Tokenizer
+from miras.nn.folder import model_hash, sweep
+from miras.nn.lm import LM
+from miras.nn.reading import LMState, Piece, Spelling, Tokens, read_pieces
+from miras.session import files
+from miras.session.compare import Moved, Recalled, loss_of, memories, moved, outer_distance, recalled
+from miras.session.learning import Learner, Learning, difference, learned
+from miras.session.lock import hold
+from miras.session.moment import KEEP, Episode, Ids, Moment, compact, distinct, mean
+from miras.stream.files import now
+from miras.stream.generate import Generation
+from miras.stream.generate import generate as generation
+
+
+@dataclass(frozen=True, eq=False)
+class Fed:
+    """What feeding T tokens brought.
+
+    tokens (T,); losses (T,): predictive surprise, the loss in nats that each token had before it was read (NaN for
+    a new session's first one, which nothing predicted); seen: what the memories did, where it was asked for.
+    """
+
+    tokens: Ids
+    losses: NDArray[np.float32]
+    seen: Observation | None
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss in nats per token; None when no token was predicted."""
+        return mean(self.losses)
+
+    def surprise(self, kind: str = "momentary") -> dict[str, Tensor]:
+        """{layer: (heads, T)}: "momentary" |grad_t|, "accumulated" |S_t|, or another name that `observe` knows.
+
+        Raises ValueError when it was not observed.
+        """
+        if self.seen is None:
+            raise ValueError("what the memories did was not watched: feed with observe=True")
+        watched = {layer: self.seen[layer] for layer in self.seen.layers()}
+        if wrong := [layer for layer, values in watched.items() if kind not in values]:
+            known = ", ".join(watched[wrong[0]])
+            raise ValueError(f"{wrong[0]} has no {kind!r}; what was watched there is {known}")
+        return {layer: values[kind][0] for layer, values in watched.items()}
+
+
+class Session:
+    """One stream through a model, with a past: fed in episodes, marked, forked, rewound, saved and loaded.
+
+    now: all that it is, as one value; marks {name: what it was then}; base: the model it was made with, which is
+    never changed; model: that with what was learned added; keep: tokens of each episode that are kept; folder:
+    where the model was last found, a hint beside its hash. Raises ValueError when the tokenizer has more ids than
+    the model.
+    """
+
+    def __init__(self, model: LM, tokenizer: Tokenizer, *, keep: int = KEEP, folder: str = "") -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}; a "
+                f"session needs the tokenizer that its model was trained with"
+            )
+        if keep < 0:
+            raise ValueError(f"keep must be 0 tokens of each episode or more, got {keep}")
+        self.base = self.model = model
+        self.tokenizer = tokenizer
+        self.keep = keep
+        self.folder = folder
+        self.hash = model_hash(model)
+        self.created = now()
+        self.marks: dict[str, Moment] = {}
+        # A copy, because an initial state is a view of the model's own parameters.
+        self.now = Moment(model.initial(1).map(lambda x: x.detach().clone()))
+        self._open = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read so far, those that the model said included."""
+        return self.now.tokens
+
+    def feed(
+        self,
+        text: str | bytes | Tokens,
+        name: str | None = None,
+        *,
+        piece: int = 2048,
+        observe: bool = False,
+        learning: Learning | None = None,
+        progress: Callable[[Piece], None] | None = None,
+    ) -> Fed:
+        """Read a text, or its token ids (T,), or an iterator over blocks of ids, and learn from it.
+
+        It is an episode of that name, or part of the one that is open. At most `piece` tokens are read at once;
+        `observe` watches the memories; with `learning` the outer weights learn too, segment by segment; `progress`
+        is told each piece. Whatever stops it, the session has read whole pieces, and goes on behind the last one.
+        Memory: a piece, and 5 to 8 bytes per token. Raises ValueError for no tokens, ids outside the
+        vocabulary, and a name inside an open episode.
+        """
+        if self._open and name is not None:
+            raise ValueError(f"episode {self.now.episodes[-1].name!r} is open: feed it without a name")
+        ids = self.tokenizer.encode(text) if isinstance(text, str | bytes) else text
+        learner = None if learning is None else Learner(self.model, learning)
+        kept: list[Ids] = []
+        losses: list[NDArray[np.float32]] = []
+        with (
+            nullcontext() if self._open else self.episode(name),
+            observation() if observe else nullcontext() as seen,
+        ):
+            try:
+                for part in self._pieces(ids, piece, learner, learning):
+                    self._take(part.tokens[0], part.losses[0], part.state)
+                    kept.append(compact(part.tokens[0], self.base.config.vocab_size))
+                    losses.append(part.losses[0])
+                    if progress is not None:
+                        progress(part)
+            finally:
+                if learner is not None:
+                    self._adopt(replace(self.now, delta=difference(learner.model, self.base)))
+            if not losses:
+                raise ValueError("the text is empty: nothing to read")
+        return Fed(np.concatenate(kept), np.concatenate(losses), seen)
+
+    def _pieces(
+        self, ids: Tokens, piece: int, learner: Learner | None, learning: Learning | None
+    ) -> Iterator[Piece]:
+        """The pieces of a reading; a learner learns from each one after it was read."""
+        if learner is None or learning is None:
+            yield from read_pieces(self.model, ids, self.now.state, piece=piece)
+            return
+        for part in read_pieces(learner.model, ids, self.now.state, piece=learning.segment):
+            segment, past = part.tokens[0], self.now.past
+            if len(segment) > 1:
+                old = past.draw() if learning.replay else None
+                learner.step([(segment, self.now.state), *([] if old is None else [(old, None)])])
+                if learning.replay:
+                    kept = compact(segment, self.base.config.vocab_size)
+                    self.now = replace(self.now, past=past.with_segment(kept, learning.replay))
+                *before, last = self.now.episodes
+                self.now = replace(self.now, episodes=(*before, replace(last, learned=last.learned + 1)))
+            yield part
+
+    @contextmanager
+    def episode(self, name: str | None = None) -> Iterator[None]:
+        """All that is fed and generated inside is one episode. Raises ValueError inside another one.
+
+        At its end, however that comes, the loss on its kept tokens is measured with the memory of then, for
+        `recall` to compare with: that reads them once more, without writing. An empty episode leaves no trace.
+        """
+        self._closed("another one")
+        before = self.now.episodes
+        begun = Episode(
+            name or f"episode {len(before) + 1}",
+            now(),
+            self.tokens,
+            compact(np.zeros(0, dtype=np.int64), self.base.config.vocab_size),
+        )
+        self.now = replace(self.now, episodes=(*before, begun))
+        self._open = True
+        try:
+            yield
+        finally:
+            self._open = False
+            last = self.now.episodes[-1]
+            after = loss_of(self.model, last.kept, self.now.state)
+            done = (replace(last, after=after),) if last.tokens else ()
+            self.now = replace(self.now, episodes=(*self.now.episodes[:-1], *done))
+
+    def sample(
+        self, num_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[int]:
+        """The tokens of a continuation as they are made, each read (and learned) before the next one.
+
+        Raises ValueError for values without sense, and when nothing was fed yet.
+        """
+        nothing = np.zeros(0, dtype=np.int64)
+        made = generation(
+            self.model,
+            nothing,
+            num_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            state=self.now.state,
+        )
+        return self._sampled(made)
+
+    def _sampled(self, made: Generation) -> Iterator[int]:
+        for token in made:
+            self._take(np.array([token]), np.array([np.nan], dtype=np.float32), made.state)
+            yield token
+
+    def generate(
+        self, num_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
+    ) -> str:
+        """The text of a continuation, which the session has read to the last token. Raises as `sample`."""
+        spelling = Spelling(self.tokenizer.decode)
+        made = self.sample(num_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return "".join(spelling.push(np.array([token])) for token in made) + spelling.rest()
+
+    def recall(self) -> list[Recalled]:
+        """What is left of each episode; changes nothing, and reads every kept text two times or three."""
+        return recalled(self.base, self.model, self.now)
+
+    def diff(self, other: "Session") -> list[Moved]:
+        """How far each layer's memory has moved from here to another session's, by weight and head.
+
+        Raises ValueError when they have different base models.
+        """
+        if self.hash != other.hash:
+            raise ValueError(
+                f"the sessions have different models, {self.hash} and {other.hash}: their memories cannot be compared"
+            )
+        return moved(self.base, self.now.state, other.now.state)
+
+    def describe(self) -> dict[str, Any]:
+        """What the session is, in plain values: its past, its marks, bytes of what it holds, |W| of each memory."""
+        moments = [self.now, *self.marks.values()]
+        episodes = distinct(e for m in moments for e in m.episodes)
+        pasts = distinct(m.past for m in moments)
+        deltas = distinct(m.delta for m in moments)
+        return {
+            "model": self.hash,
+            "folder": self.folder,
+            "created": self.created,
+            "tokens": self.tokens,
+            "days": self.now.days,
+            "keep": self.keep,
+            "learned": outer_distance(self.base, self.model),
+            "bytes": {
+                "state": self.now.state.nbytes(),
+                "marks": sum(m.state.nbytes() for m in self.marks.values()),
+                "kept texts": sum(e.kept.nbytes for e in episodes),
+                "learned weights": sum(x.numel() * x.element_size() for d in deltas for x in d.values()),
+                "replay": sum(ids.nbytes for past in pasts for ids in past.segments),
+            },
+            "episodes": [
+                {
+                    "name": e.name,
+                    "time": e.time,
+                    "start": e.start,
+                    "tokens": e.tokens,
+                    "kept": len(e.kept),
+                    "loss": e.loss,
+                    "learned": e.learned,
+                }
+                for e in self.now.episodes
+            ],
+            "marks": [
+                {"name": name, "tokens": m.tokens, "bytes": m.state.nbytes()}
+                for name, m in self.marks.items()
+            ],
+            "memory": {
+                layer: {name: float(w.double().norm()) for name, w in tree.items()}
+                for layer, tree in memories(self.base, self.now.state).items()
+            },
+        }
+
+    def fork(self) -> "Session":
+        """Another session with the same past; what becomes of one never touches the other."""
+        self._closed("a fork")
+        other = copy.copy(self)
+        other.marks = dict(self.marks)
+        return other
+
+    def mark(self, name: str) -> None:
+        """Remember all that the session is now under a name. Raises ValueError for a name that is taken."""
+        self._closed("a mark")
+        if not name:
+            raise ValueError("a mark needs a name that is not empty")
+        if name in self.marks:
+            raise ValueError(f"the mark {name!r} is there already; choose another name, or drop it first")
+        self.marks[name] = self.now
+
+    def unmark(self, name: str) -> None:
+        """Forget a mark. Raises ValueError when there is none of that name."""
+        self._marked(name)
+        del self.marks[name]
+
+    def rewind(self, name: str) -> None:
+        """Be again what the session was at a mark, to the bit; marks stay, later ones too. Raises as `unmark`."""
+        self._closed("a rewind")
+        self._adopt(self._marked(name))
+
+    def save(self, path: str | Path) -> None:
+        """Write the session to one file, whole or not at all, in place of an older one.
+
+        Raises ValueError when another process has that session, or the base model's weights have changed since
+        this one began; OSError, naming the path, when it cannot be written: what was there is then there still.
+        """
+        path = Path(path)
+        if (own := model_hash(self.base)) != self.hash:
+            raise ValueError(
+                f"{path} is not written: the model was {self.hash} when the session began and is {own} now; give "
+                f"a session a model that nobody else trains"
+            )
+        with hold(path):
+            sweep(path.parent, path.name)
+            files.write(
+                path,
+                self.base,
+                files.About(self.hash, self.tokenizer.fingerprint, self.folder, self.created, self.keep),
+                [self.now, *self.marks.values()],
+                list(self.marks),
+            )
+
+    @staticmethod
+    def load(path: str | Path, model: LM, tokenizer: Tokenizer) -> "Session":
+        """The session in a file; the state that `miras stream` saved is one without a past.
+
+        Raises FileNotFoundError when there is none, and ValueError, naming it, when it is corrupt or cut off, of
+        a newer format, or belongs to another model or tokenizer.
+        """
+        about, moments, names = files.read(Path(path), model, tokenizer.fingerprint)
+        session = Session(model, tokenizer, keep=about.keep, folder=about.folder)
+        session.created = about.created
+        session.marks = dict(zip(names, moments[1:], strict=True))
+        session._adopt(moments[0])
+        return session
+
+    @staticmethod
+    def saved(folder: str | Path) -> "list[tuple[Path, files.SessionHeader | ValueError]]":
+        """The sessions in a folder by name, without their tensors; for a broken one, what is wrong with it.
+
+        Raises FileNotFoundError when the folder is none.
+        """
+        return files.find(folder)
+
+    def _take(self, ids: NDArray[np.int64], losses: NDArray[np.float32], state: LMState) -> None:
+        """Go on to a state that has read these tokens; those of an open episode belong to it."""
+        episodes = self.now.episodes
+        if self._open:
+            episodes = (*episodes[:-1], episodes[-1].grown(ids, losses, self.keep))
+        self.now = replace(self.now, state=state, episodes=episodes)
+
+    def _closed(self, what: str) -> None:
+        if self._open:
+            raise ValueError(f"episode {self.now.episodes[-1].name!r} is open: end it before {what}")
+
+    def _marked(self, name: str) -> Moment:
+        if name not in self.marks:
+            known = f"known are {', '.join(self.marks)}" if self.marks else "there are none"
+            raise ValueError(f"there is no mark {name!r}; {known}")
+        return self.marks[name]
+
+    def _adopt(self, moment: Moment) -> None:
+        """Be what a moment says, its weights included."""
+        if moment.delta is not self.now.delta:
+            self.model = learned(self.base, moment.delta)
+        self.now = moment
