@@ -31,7 +31,13 @@ _HOMES = {
     "miras.nn.config": ("ModelConfig",),
     "miras.nn.lm": ("LM", "LMState"),
     "miras.presets": ("preset", "presets"),
-    "miras.hf": ("MirasConfig", "MirasModel", "MirasForCausalLM", "MirasForSequenceClassification", "MirasCache"),
+    "miras.hf": (
+        "MirasConfig",
+        "MirasModel",
+        "MirasForCausalLM",
+        "MirasForSequenceClassification",
+        "MirasCache",
+    ),
     "miras.session.session": ("Session",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

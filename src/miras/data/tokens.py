@@ -22,6 +22,22 @@ VERSION = 1
 PIECE = 4 << 20  # bytes of one document that are tokenised at once: bounds memory, and changes no token
 DTYPES = {"uint8": "|u1", "uint16": "<u2", "uint32": "<u4"}
 
+_SHOWN = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+BYTE_LETTERS = [chr(b if b in _SHOWN else 256 + sum(a not in _SHOWN for a in range(b))) for b in range(256)]
+"""The letter that stands for each byte in byte-level tokenizers: itself where it is one, else one from 256 on."""
+
+TOKENIZER_CONFIG: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": BYTE_LETTERS[2],  # start of text, end of text: for tools that must have them
+    "eos_token": BYTE_LETTERS[3],
+    "pad_token": BYTE_LETTERS[255],  # no UTF-8 text has this byte
+    "padding_side": "left",
+    "split_special_tokens": True,  # a letter that stands for a byte is not that byte when it is in a text
+    "clean_up_tokenization_spaces": False,
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+"""What `transformers` is to know of the byte tokenizer."""
+
 
 class Tokenizer(Protocol):
     """Text to ids and back; equal fingerprints mean equal ids for every text."""
@@ -54,6 +70,23 @@ class ByteTokenizer:
     @property
     def fingerprint(self) -> str:
         return "bytes"
+
+    def to_json(self) -> bytes:
+        """The same tokenizer as a file of the `tokenizers` library; `load_tokenizer` knows it again."""
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        model = {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(BYTE_LETTERS)}, "merges": []}
+        whole = {
+            "version": "1.0",
+            "added_tokens": [],
+            "pre_tokenizer": level,
+            "decoder": level,
+            "model": model,
+        }
+        return json.dumps(whole).encode()
+
+    def files(self) -> dict[str, bytes]:
+        """What lies beside a model that reads these tokens, by name: the tokenizer for `transformers`."""
+        return _files(self.to_json(), TOKENIZER_CONFIG)
 
     def encode(self, text: str | bytes) -> NDArray[np.int64]:
         data = text.encode("utf-8") if isinstance(text, str) else text
@@ -105,6 +138,20 @@ class FileTokenizer:
         """The file that `load_tokenizer` reads back to the same tokenizer."""
         return self._backend.to_str().encode()
 
+    def files(self) -> dict[str, bytes]:
+        """What lies beside a model that reads these tokens, by name."""
+        return _files(self.to_json(), {"tokenizer_class": TOKENIZER_CONFIG["tokenizer_class"]})
+
+    def spells_bytes(self) -> bool:
+        """Whether it gives every text the ids of `ByteTokenizer`."""
+        if self.vocab_size != 256:
+            return False
+        own, plain = (
+            json.loads(type(self._backend).from_str(x.decode()).to_str())
+            for x in (ByteTokenizer().to_json(), self.to_json())
+        )
+        return all(own[part] == plain[part] for part in ("normalizer", "pre_tokenizer", "model"))
+
     def encode(self, text: str | bytes) -> NDArray[np.int64]:
         plain = text if isinstance(text, str) else text.decode("utf-8", errors="replace")
         return np.asarray(self._backend.encode(plain, add_special_tokens=False).ids, dtype=np.int64)
@@ -114,8 +161,13 @@ class FileTokenizer:
 
 
 def load_tokenizer(path: str | Path | None = None) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer in a file, or bytes when there is none."""
-    return ByteTokenizer() if path is None else FileTokenizer(path)
+    """The tokenizer in a file, or bytes when there is none or the file says so."""
+    found = None if path is None else FileTokenizer(path)
+    return ByteTokenizer() if found is None or found.spells_bytes() else found
+
+
+def _files(tokenizer: bytes, config: dict[str, Any]) -> dict[str, bytes]:
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": json.dumps(config, indent=2).encode()}
 
 
 def _checked_ids(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[Any]:

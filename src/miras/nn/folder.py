@@ -22,9 +22,12 @@ from miras.nn.lm import LM
 MODEL_TYPE = "miras"
 ARCHITECTURE = "MirasForCausalLM"
 OF_TRANSFORMERS = frozenset(
-    "model_type architectures auto_map transformers_version dtype torch_dtype return_dict output_attentions "
-    "output_hidden_states use_cache is_encoder_decoder chunk_size_feed_forward id2label label2id problem_type "
-    "pad_token_id bos_token_id eos_token_id tokenizer_class name_or_path _name_or_path".split()
+    {
+        *("model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"),
+        *("return_dict", "use_cache", "output_attentions", "output_hidden_states", "is_encoder_decoder"),
+        *("chunk_size_feed_forward", "id2label", "label2id", "problem_type", "name_or_path", "_name_or_path"),
+        *("pad_token_id", "bos_token_id", "eos_token_id", "tokenizer_class"),
+    }
 )
 """Fields of a config.json that only `transformers` reads."""
 

@@ -1,0 +1,104 @@
+"""The config of a model as `transformers` keeps one."""
+
+import dataclasses
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from transformers import PreTrainedConfig
+
+from miras.nn.config import ModelConfig
+from miras.nn.folder import MODEL_TYPE, OF_TRANSFORMERS, write_atomically
+
+CODE = "modeling_miras"
+"""The module that `save_pretrained` puts beside a model, for machines where nobody imports `miras.hf` first."""
+
+CODE_TEXT = '''"""The classes of this model; they come with the package miras-torch."""
+
+try:
+    from miras.hf import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel
+except ImportError as error:
+    raise ImportError("this model needs the package miras-torch; install it with pip") from error
+
+__all__ = ["MirasConfig", "MirasForCausalLM", "MirasForSequenceClassification", "MirasModel"]
+'''
+
+trusting: ContextVar[bool] = ContextVar("trusting", default=False)
+"""Whether a model is being loaded with `trust_remote_code=True`."""
+
+
+class MirasConfig(PreTrainedConfig):
+    """A `ModelConfig` as `transformers` keeps one: the entries of `ModelConfig.to_dict` as attributes.
+
+    What is not given has the default of `ModelConfig`; `MirasConfig.of(miras.preset(...))` makes one from a preset.
+    Code that it names by import path runs only where it was read with `trust_remote_code=True`. Raises ValueError for
+    fields that neither side knows.
+    """
+
+    model_type: ClassVar[str] = MODEL_TYPE
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {"num_attention_heads": "num_heads"}
+
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in _NAMES if name in kwargs}
+        unknown = [n for n in kwargs if n not in OF_TRANSFORMERS | _OPTIONS and not n.startswith("_")]
+        if unknown:
+            raise ValueError(
+                f"MirasConfig: unknown fields {', '.join(unknown)}; known are {', '.join(_NAMES)} and those of "
+                f"transformers; a newer miras may know more"
+            )
+        for name, value in (ModelConfig().to_dict() | given).items():
+            setattr(self, name, value)
+        super().__post_init__(**kwargs)
+        self._trusted = False  # whatever a file says
+
+    @classmethod
+    def of(cls, config: ModelConfig, **kwargs: Any) -> Self:
+        """The same model's config here; `kwargs` are fields that only `transformers` has."""
+        made = cls(**config.to_dict(), **kwargs)
+        made._trusted = True  # its parts are objects of this process already
+        return made
+
+    def model_config(self) -> ModelConfig:
+        """The config that `miras.LM` takes. Raises ValueError for one that describes no model."""
+        self._trusted = self._trusted or trusting.get()
+        plain = {name: getattr(self, name) for name in _NAMES if hasattr(self, name)}
+        return ModelConfig.from_dict(plain, trust_remote_code=self._trusted)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
+        """As in `transformers`; `trust_remote_code` allows the config to name code to import and run."""
+        found = super().from_pretrained(*args, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        config._trusted = bool(trust_remote_code)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, with where `trust_remote_code=True` finds the classes."""
+        plain = super().to_dict()
+        plain.pop("_trusted", None)
+        heads = ("Config", "Model", "ModelForCausalLM", "ModelForSequenceClassification")
+        return plain | {"auto_map": {f"Auto{name}": f"{CODE}.{_class_name(name)}" for name in heads}}
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`, with the module that `trust_remote_code=True` loads."""
+        write_atomically(Path(save_directory) / f"{CODE}.py", CODE_TEXT.encode())
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Nothing: every saved config names its classes, and their source stays in the package."""
+
+
+_NAMES = ("format_version", *(f.name for f in dataclasses.fields(ModelConfig)))
+_OPTIONS = {"num_labels", "attn_implementation", "experts_implementation", "quantization_config"}
+"""What `transformers` takes beside the fields that it writes."""
+
+
+def _class_name(kind: str) -> str:
+    return f"Miras{kind.removeprefix('Model') or 'Model'}"
