@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from chromium import CHROMIUM, FLAGS
 from miras.report import (
     ConditionAverage,
     Curve,
@@ -40,7 +40,6 @@ from miras.report.surprise import MISSING, quantise, render_surprise
 from miras.report.text import clusters, duration, number, short_count
 
 VOID = {"meta", "link", "br", "input", "img", "hr"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NASTY = "<script>alert(1)</script> & \"quoted\" 'single' </style> ünïcödé \u202e🦉 \x00\x1b\ud800 http://a.example/x"
 
 
@@ -457,18 +456,7 @@ def test_the_report_needs_the_standard_library_only():
 def browse(folder: Path, page: Path, *options: str) -> str:
     """Open a page in headless Chromium and return what it prints."""
     assert CHROMIUM
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--hide-scrollbars",
-        "--virtual-time-budget=4000",
-        f"--user-data-dir={folder / 'profile'}",
-    ]
+    flags = [*FLAGS, "--virtual-time-budget=4000", f"--user-data-dir={folder / 'profile'}"]
     done = subprocess.run(
         [CHROMIUM, *flags, *options, page.as_uri()],
         capture_output=True,

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
-from string import Template
 
 from .chart import LineChart, curve_slots, render_chart
 from .model import (
@@ -26,7 +22,7 @@ from .model import (
     SavedMemory,
     SurprisePage,
 )
-from .palette import theme_css
+from .shell import render_shell
 from .surprise import render_surprise, stripes
 from .text import duration, esc, number
 
@@ -44,8 +40,6 @@ def write_report(path: str | Path, report: DemoReport) -> Path:
 
 def render_report(report: DemoReport) -> str:
     """Return the report as HTML text that needs no other file and makes no request."""
-    script = _asset("script.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     main = "\n".join(
         (
             _headline(report.headline),
@@ -54,21 +48,15 @@ def render_report(report: DemoReport) -> str:
             _act("three", "Three", "What surprises it", _surprise(report.surprise)),
         )
     )
-    return Template(_asset("template.html")).substitute(
-        title=esc(report.header.title),
-        style=theme_css() + _asset("style.css"),
-        script=script,
-        script_hash=digest,
+    return render_shell(
+        title=report.header.title,
+        kind="demo",
         header=_header(report),
         main=main,
         footer=_footer(report),
+        styles=["style.css"],
+        scripts=["theme.js", "script.js"],
     )
-
-
-def _asset(name: str) -> str:
-    """Read a text file that lies beside this module in the package, without its indentation."""
-    text = (resources.files("miras.report") / name).read_text(encoding="utf-8")
-    return "\n".join(line.strip() for line in text.splitlines())
 
 
 def _act(ident: str, numeral: str, title: str, body: str) -> str:

@@ -1,0 +1,281 @@
+"""The page to explore surprise in: a text of any length, token by token, and what the memories did along it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import Template
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .shell import asset, render_shell
+from .surprise import MISSING, Scale
+from .text import esc, number, visible
+
+Values = NDArray[np.float32]
+
+TOKEN_VALUES = 450_000
+"""About as many values, one for each token, has a page before it shows means over heads, then fewer layers."""
+GATE_VALUES = 64_000
+"""About as many values has a page of the gates: of a longer text, means over several tokens."""
+
+SURPRISES = ("momentary", "accumulated")
+
+# The controls that reorder what stands after them, in text that is shown to be looked at.
+_DIRECTIONS = {code: "⇄" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """What a number is called: in a sentence, in a table, its unit and what it means."""
+
+    label: str
+    short: str
+    unit: str
+    meaning: str
+
+
+QUANTITIES = {
+    "predictive": Quantity(
+        "Predictive surprise",
+        "predictive",
+        "bits",
+        "How many bits the model needed to name the token before it saw it: 0 bits is certain.",
+    ),
+    "momentary": Quantity(
+        "Momentary surprise |grad|",
+        "momentary",
+        "gradient norm",
+        "How hard the token pulls at the memory: the size of the gradient of the memory’s own loss.",
+    ),
+    "accumulated": Quantity(
+        "Accumulated surprise |S|",
+        "accumulated",
+        "norm of S",
+        "What the memory writes with: this token’s step plus what momentum keeps of the steps before it. It rises at "
+        "an event and fades after it.",
+    ),
+    "lr": Quantity(
+        "Step taken, lr", "step", "", "How far the memory moves against the gradient of the token."
+    ),
+    "momentum": Quantity("Momentum", "momentum", "", "The share of the surprise so far that lives on."),
+    "forget": Quantity(
+        "Retention, 1 − forget", "retention", "", "The share of the memory that outlives the token."
+    ),
+    "weight": Quantity("Size of the memory |W|", "|W|", "", "The norm of all weights of the memory."),
+    "loss": Quantity(
+        "Inner loss", "inner loss", "", "How far the memory’s own answer to the key is from the value."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What T tokens brought.
+
+    pieces: the text each token completes, "" where it leaves a character unfinished; bits (T,) predictive surprise,
+    NaN where nothing predicted; memories {layer: {name: (H, T)}} by the names of `miras.observe`; before: tokens
+    read earlier.
+    """
+
+    pieces: list[str]
+    bits: Values
+    memories: dict[int, dict[str, Values]]
+    before: int = 0
+
+
+@dataclass(frozen=True)
+class Track:
+    """One row of numbers that the page holds: `values` (n,), each the mean over `every` tokens.
+
+    layer: None where it is of the whole model; head: None for the mean over heads.
+    """
+
+    name: str
+    layer: int | None
+    head: int | None
+    every: int
+    values: Values
+
+
+def tracks_of(watched: Watched, thin: bool = True) -> list[Track]:
+    """What fits on a small page: every layer and head, or means over heads; with `thin` then fewer layers.
+
+    Surprise keeps one value for each token. Gates are means over as many tokens as it takes.
+    """
+    memories, count = watched.memories, len(watched.pieces)
+    room = TOKEN_VALUES // count - 1
+    rows = {n: sum(name in SURPRISES for name in seen) for n, seen in memories.items()}
+    by_head = sum(k * len(memories[n]["momentary"]) for n, k in rows.items()) <= room
+    shown = list(memories)
+    if thin and sum(rows.values()) > room:
+        fit = max(1, min(len(shown), room // max(rows.values())))
+        shown = [shown[int(i)] for i in np.linspace(0, len(shown) - 1, fit).round()]
+
+    def heads(values: Values) -> list[tuple[int | None, Values]]:
+        return list(enumerate(values)) if by_head else [(None, values.mean(0))]
+
+    parts = [
+        (name, n, head, row)
+        for n in shown
+        for name, values in sorted(memories[n].items(), key=lambda item: _order(item[0]))
+        for head, row in heads(values)
+    ]
+    gates = sum(name not in SURPRISES for name, *_ in parts)
+    every = max(1, math.ceil(gates * count / GATE_VALUES))
+    tracks = [Track("predictive", None, None, 1, watched.bits)]
+    for name, n, head, row in parts:
+        step = 1 if name in SURPRISES else every
+        tracks.append(Track(name, n, head, step, row if step == 1 else _means(row, step)))
+    return tracks
+
+
+def shortened(watched: Watched, tracks: Sequence[Track]) -> str:
+    """What the page leaves out of what was seen, and how to get it, in a sentence; or nothing."""
+    shown = {track.layer for track in tracks} - {None}
+    if not watched.memories:
+        return ""
+    left = len(watched.memories) - len(shown)
+    means = all(track.head is None for track in tracks)
+    if not left and not means:
+        return ""
+    layers = f"layers {', '.join(str(n) for n in watched.memories if n in shown)} of {len(watched.memories)}"
+    what = [*([layers] * (left > 0)), *(["means over heads"] * means)]
+    return (
+        f"To stay small the page shows {' and '.join(what)}. Name a layer with --layers, or read fewer --tokens, "
+        "to see more."
+    )
+
+
+def render_explorer(
+    watched: Watched,
+    tracks: Sequence[Track],
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str, str]],
+    notes: Sequence[str] = (),
+    command: str = "",
+) -> str:
+    """Return the page as HTML text: `facts` are (name, value, remark), `command` is what made it."""
+    meta, blob = pack(watched, tracks)
+    data = json.dumps({**meta, "blob": base64.b64encode(blob).decode("ascii")}, ensure_ascii=False)
+    # In a script nothing is an entity: a `<` there could only be written as JSON writes it.
+    body = Template(asset("explorer.html")).substitute(
+        meanings="".join(
+            f"<div><dt>{esc(q.label)}</dt><dd>{esc(q.meaning)}</dd></div>" for q in _named(tracks).values()
+        ),
+        notes="".join(f'<p class="note">{esc(note)}</p>' for note in notes),
+        data=data.replace("<", "\\u003c"),
+    )
+    rows = "".join(
+        f"<div><dt>{esc(name)}</dt><dd><b>{esc(value)}</b> <span>{esc(remark)}</span></dd></div>"
+        for name, value, remark in facts
+    )
+    again = (
+        f'<p class="note">Made by</p><pre tabindex="0"><code>{esc(command)}</code></pre>' if command else ""
+    )
+    return render_shell(
+        title=title,
+        kind="surprise",
+        header=f'<dl class="facts">{rows}</dl>',
+        main=body,
+        footer=again,
+        styles=["style.css", "explorer.css"],
+        scripts=["theme.js", "explorer.js"],
+    )
+
+
+def pack(watched: Watched, tracks: Sequence[Track]) -> tuple[dict[str, Any], bytes]:
+    """What the page's script is told, and the compressed bytes it reads: text, lengths, codes of each track.
+
+    The text is UTF-8; lengths are T uint16 (little-endian), the UTF-16 units of each token's text; codes are those of
+    `coded`, a byte for each value.
+    """
+    pieces = [visible(piece).translate(_DIRECTIONS) for piece in watched.pieces]
+    text = "".join(pieces).encode("utf-8")
+    lengths = np.array([len(piece.encode("utf-16-le")) // 2 for piece in pieces], dtype="<u2")
+    parts = [text, lengths.tobytes()]
+    shown: list[dict[str, Any]] = []
+    for track in tracks:
+        meaning, codes = coded(track.values)
+        parts.append(codes)
+        shown.append(
+            {"name": track.name, "layer": track.layer, "head": track.head, "every": track.every, **meaning}
+        )
+    quantities = {name: vars(q) for name, q in _named(tracks).items()}
+    meta = {
+        "tokens": len(pieces),
+        "before": watched.before,
+        "text": len(text),
+        "quantities": quantities,
+        "tracks": shown,
+    }
+    return meta, zlib.compress(b"".join(parts), 9)
+
+
+def coded(values: Values) -> tuple[dict[str, float], bytes]:
+    """Values (n,) as a byte each, 255 where not measured, and what the others stand for.
+
+    1 to 254 go from `floor` to `top` in equal ratios, 0 is below `floor`; where some values are negative, 0 to 254
+    go from `least` to `most` in equal steps.
+    """
+    finite = values[np.isfinite(values)].astype(np.float64)
+    if finite.size and finite.min() < 0:
+        least, most = float(finite.min()), float(finite.max())
+        shares = (np.where(np.isfinite(values), values, least) - least) / ((most - least) or 1)
+        codes = np.where(np.isfinite(values), (254 * shares).round(), MISSING)
+        return {"least": least, "most": most}, codes.astype(np.uint8).tobytes()
+    scale = Scale.fit(values.tolist())
+    return {"floor": scale.floor, "top": scale.top}, bytes(map(scale.code, values.tolist()))
+
+
+def bits_per_byte(watched: Watched) -> float:
+    """Mean predictive surprise in bits for each byte of text, over the tokens that were predicted."""
+    known = ~np.isnan(watched.bits)
+    size = sum(len(piece.encode("utf-8")) for piece, here in zip(watched.pieces, known, strict=True) if here)
+    return float(watched.bits[known].sum(dtype=np.float64)) / size if size else math.nan
+
+
+def facts_of(watched: Watched, model: str, described: str, more: bool) -> list[tuple[str, str, str]]:
+    """The facts above the page: the model, what was read, how well it was predicted, its memories."""
+    count = len(watched.pieces)
+    remarks = [
+        *([f"after {watched.before:,} earlier"] * (watched.before > 0)),
+        *(["the text goes on"] * more),
+    ]
+    heads = {len(seen["momentary"]) for seen in watched.memories.values()}
+    layers = ", ".join(map(str, watched.memories)) or "none"
+    return [
+        ("Model", model, described),
+        ("Read", f"{count:,} tokens", ", ".join(remarks)),
+        (
+            "Predicted with",
+            f"{number(bits_per_byte(watched))} bits per byte",
+            "0 is certain, 8 a blind guess",
+        ),
+        ("Layers watched", layers, f"{max(heads)} heads each" if heads else "predictive surprise only"),
+    ]
+
+
+def _named(tracks: Sequence[Track]) -> dict[str, Quantity]:
+    """The quantities of the tracks, in order; of a gate without a word of its own the name."""
+    names = dict.fromkeys(track.name for track in tracks)
+    return {name: QUANTITIES.get(name, Quantity(name, name, "", "A gate of the rule.")) for name in names}
+
+
+def _order(name: str) -> int:
+    known = list(QUANTITIES)
+    return known.index(name) if name in known else len(known)
+
+
+def _means(values: Values, every: int) -> Values:
+    """(T,) -> (ceil(T / every),), the means of that many values each, the last of what is left."""
+    starts = np.arange(0, len(values), every)
+    counts = np.diff(starts, append=len(values))
+    return (np.add.reduceat(values.astype(np.float64), starts) / counts).astype(np.float32)

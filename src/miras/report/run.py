@@ -1,0 +1,121 @@
+"""`miras report`: read a text once, watch, and write a page to look at."""
+
+import shlex
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miras.data.tokens import Tokenizer
+from miras.nn.folder import model_hash, write_atomically
+from miras.nn.lm import LM
+from miras.nn.threads import set_threads
+from miras.report.explorer import bits_per_byte, facts_of, render_explorer, shortened, tracks_of
+from miras.report.options import ReportOptions
+from miras.report.text import visible
+from miras.report.watch import as_text, check_layers, first_tokens, watch
+from miras.stream.files import load_state
+from miras.stream.source import open_model, open_text, text_blocks, text_tokens
+from miras.stream.terminal import progress_bar, size_text
+
+
+def report(options: ReportOptions) -> int:
+    """Write the page; the exit status."""
+    set_threads(options.threads)
+    if options.tokens < 0:
+        raise ValueError(
+            f"--tokens must be positive, or 0 to read all of the text; it cannot be {options.tokens}"
+        )
+    check_place(options.out, options.file)
+    model, tokenizer = open_model(options.model, options.trust_remote_code)
+    check_layers(model, options.layers)
+    state = None if options.load_state is None else load_state(options.load_state, model)[0]
+    ids, more = _ids(options, tokenizer)
+    try:
+        with progress_bar() as progress:
+            bar = progress.add_task("reading", total=len(ids), note="")
+            watched = watch(
+                model,
+                tokenizer,
+                ids,
+                state,
+                layers=options.layers,
+                piece=options.piece,
+                progress=lambda done: progress.update(bar, completed=done, note=f"{done:,} tokens"),
+            )
+        tracks = tracks_of(watched, thin=not options.layers)
+        left_out = shortened(watched, tracks)
+        page = render_explorer(
+            watched,
+            tracks,
+            title=f"Surprise in {'standard input' if options.file == '-' else Path(options.file).name}",
+            facts=facts_of(watched, named(options.model), described(model), more),
+            notes=[left_out] if left_out else [],
+            command=command_of(options),
+        ).encode("utf-8")
+        write_atomically(options.out, page)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("no page was written") from None
+    goes_on = " (the text goes on: --tokens 0 reads all of it)" if more else ""
+    print(f"{len(ids):,} tokens{goes_on}, {bits_per_byte(watched):.4f} bits per byte")
+    if left_out:
+        print(left_out)
+    print(f"Look at {visible(str(options.out))} ({size_text(len(page))})")
+    return 0
+
+
+def check_place(out: Path, text: str) -> None:
+    """Raise ValueError when the page cannot be written to `out`, or would be written over the text."""
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'surprise.html'}")
+    if text != "-" and out.exists() and out.samefile(Path(text).expanduser()):
+        raise ValueError(f"--out {out} is the text itself; name another file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be written ({error.strerror}); name a file where you may write"
+        ) from error
+
+
+def named(folder: Path) -> str:
+    """A model's name: its folder with the one it is in, as runs/first/model is the model of a run."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def described(model: LM) -> str:
+    """The model in a few words."""
+    config = model.config
+    return (
+        f"{config.num_hidden_layers} layers of {' and '.join(dict.fromkeys(config.pattern))}, "
+        f"{model.num_parameters():,} parameters, {model_hash(model)[:12]}"
+    )
+
+
+def command_of(options: ReportOptions) -> str:
+    """The command line that makes this page."""
+    words = [
+        "miras",
+        "report",
+        options.kind,
+        str(options.model),
+        options.file,
+        "--tokens",
+        str(options.tokens),
+    ]
+    if options.layers:
+        words += ["--layers", *map(str, options.layers)]
+    if options.load_state is not None:
+        words += ["--load-state", str(options.load_state)]
+    return shlex.join(words)
+
+
+def _ids(options: ReportOptions, tokenizer: Tokenizer) -> tuple[NDArray[np.int64], bool]:
+    """The tokens to read, and whether the text has more of them."""
+    with closing(open_text(options.file)) as file:
+        blocks = as_text(text_blocks(file, options.file), options.file)
+        return first_tokens(text_tokens(blocks, tokenizer), options.tokens)
