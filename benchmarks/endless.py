@@ -41,13 +41,14 @@ from miras.nn.lm import LM
 from miras.nn.reading import read_pieces
 from miras.presets import preset
 from miras.stream.files import load_state, save_state
-from miras.train.loop import Run, Settings
+from miras.train.loop import Run
+from miras.train.options import Settings
 from miras.train.tasks import TextTask
 
 MODELS = ("titans-mac", "titans-mag")
-PIECE, ROW, EARLY, SAVED = 2048, 102_400, 102_400, 1_024_000
+PIECE, ROW, EARLY, SAVED = 1024, 102_400, 102_400, 1_024_000
 """Tokens read at once, of one row of what `read` finds, after which a stream is warm, and between saves."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 """Left to itself, glibc moves its thresholds while it runs, and the heap's shape with them: 10 MB either way."""
 
 
@@ -113,6 +114,8 @@ def read(out: Path, name: str, total: int) -> None:
         state = part.state
         seconds = time.process_time() - began
         losses = np.concatenate(nats, 1)
+        if stop == EARLY:
+            save_state(out / f"{name}-early.safetensors", state, model)
         rows.append(
             {
                 "tokens": stop,
@@ -125,8 +128,6 @@ def read(out: Path, name: str, total: int) -> None:
         )
         print(f"{name} {json.dumps(rows[-1])}", flush=True)
         done = stop
-        if done == EARLY:
-            save_state(out / f"{name}-early.safetensors", state, model)
         if done % SAVED == 0 or done == total:
             save_state(state_file, state, model)
             write_atomically(rows_file, (json.dumps(rows) + "\n").encode())

@@ -25,7 +25,8 @@ from miras.data.novel import load_novel
 from miras.nn.folder import write_atomically
 from miras.nn.lm import LM
 from miras.presets import preset, presets
-from miras.train.loop import Run, Settings
+from miras.train.loop import Run
+from miras.train.options import Settings
 from miras.train.tasks import TextTask
 
 MEMORIES = tuple(name for name in presets() if set(preset(name).pattern) != {"attention"})

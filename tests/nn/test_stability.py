@@ -21,7 +21,8 @@ from miras.nn.gates import Gate, Gates
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryLayer, MemoryState
 from miras.presets import preset, presets
-from miras.train.loop import Run, Settings
+from miras.train.loop import Run
+from miras.train.options import Settings
 from miras.train.tasks import TextTask
 
 T, PIECE, HIDDEN = 4096, 512, 32

@@ -16,7 +16,8 @@ from miras.nn.lm import LM
 from miras.presets import preset
 from miras.stream import load_state, read, save_state
 from miras.train.checkpoint import checkpoints, load_checkpoint
-from miras.train.loop import Run, Settings
+from miras.train.loop import Run
+from miras.train.options import Settings
 from miras.train.tasks import TextTask
 
 TINY = {

@@ -18,8 +18,8 @@ from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
 from miras.presets import preset
 from miras.train.checkpoint import checkpoints, load_checkpoint, read_meta
-from miras.train.loop import Run, Settings
-from miras.train.options import TrainOptions
+from miras.train.loop import Run
+from miras.train.options import Settings, TrainOptions
 from miras.train.run import progress, train
 from miras.train.tasks import NeedleTraining, TextTask
 

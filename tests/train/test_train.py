@@ -22,9 +22,9 @@ from miras.nn.lm import LM
 from miras.presets import attention_twin, preset
 from miras.train.checkpoint import checkpoints, load_checkpoint
 from miras.train.diagnose import first_non_finite
-from miras.train.loop import NonFiniteError, Run, Settings
+from miras.train.loop import NonFiniteError, Run
 from miras.train.optimizer import parameter_groups, schedule
-from miras.train.options import TrainOptions
+from miras.train.options import Settings, TrainOptions
 from miras.train.price import openness
 from miras.train.run import train
 from miras.train.tasks import NeedleTraining, TextTask

@@ -20,7 +20,8 @@ from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.presets import attention_twin, preset
-from miras.train.loop import Run, Settings
+from miras.train.loop import Run
+from miras.train.options import Settings
 from miras.train.tasks import NeedleTraining
 
 STEPS = 1400

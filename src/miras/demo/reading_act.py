@@ -37,7 +37,8 @@ from miras.report import (
 from miras.stream.files import save_state
 from miras.stream.generate import generate
 from miras.stream.run import read
-from miras.train.loop import Run, Settings
+from miras.train.loop import Run
+from miras.train.options import Settings
 from miras.train.tasks import TextTask
 
 BATCH, LENGTH, CHUNK = 4, 256, 32

@@ -63,9 +63,9 @@ def read_pieces(
     """Read a stream, or B of them, without a graph, and hand out what each piece of it brought.
 
     But for rounding, the losses do not depend on `piece`, the largest number of tokens read at once; pieces
-    end where chunks and segments do. `state` continues an earlier reading; of a StreamState the first token is scored too.
-    `write` and `reset` are the model's masks, by place. Raises ValueError for ids outside the vocabulary and
-    arrays that are not ids.
+    end where chunks and segments do. `state` continues an earlier reading; of a StreamState the first token is
+    scored too. `write` and `reset` are the model's masks, by place. Raises ValueError for ids outside the
+    vocabulary and arrays that are not ids.
     """
     if piece < 1:
         raise ValueError(f"piece must be at least 1 token, got {piece}")

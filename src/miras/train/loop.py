@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,13 @@ from miras.nn.lm import LM
 from miras.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from miras.train.diagnose import first_bad_gradient, first_non_finite
 from miras.train.optimizer import parameter_groups, schedule, set_lr
+from miras.train.options import Settings
 from miras.train.price import openness
 from miras.train.tasks import Task, as_tensors
 
 
 class NonFiniteError(RuntimeError):
     """Training met a number that is not one; the message names where."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to step: see `TrainOptions` for each field."""
-
-    steps: int
-    lr: float = 3e-3
-    own_lr: float = 1.0
-    min_lr: float = 0.1
-    warmup: int = 50
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    write_price: float = 0.0
-    bf16: bool = False
 
 
 class Run:

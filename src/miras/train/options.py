@@ -5,7 +5,33 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class Settings:
+    """How the optimizer steps."""
+
+    steps: int
+    """Optimizer steps."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    own_lr: float = 1.0
+    """Learning rate of gates, norms and initial memories, as a multiple of lr."""
+    min_lr: float = 0.1
+    """Learning rate at the end, as a multiple of lr."""
+    warmup: int = 50
+    """Steps of linear warm-up before the cosine."""
+    weight_decay: float = 0.1
+    """Weight decay of matrices; gates, norms and initial memories have none."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    write_price: float = 0.0
+    """Price on writing: times the mean open share of lr and forget gates, added to the loss."""
+    bf16: bool = False
+    """bf16 autocast; memories stay in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Settings):
     """Train a model on text (or on needles) and write checkpoints, metrics and the model to a folder."""
 
     out: Path
@@ -51,26 +77,8 @@ class TrainOptions:
     """Micro-batches per optimizer step, each with its own lanes."""
     carry: bool = True
     """Carry each lane's state from one step to the next (truncated backpropagation through time)."""
-    lr: float = 3e-3
-    """Peak learning rate."""
-    own_lr: float = 1.0
-    """Learning rate of gates, norms and initial memories, as a multiple of lr."""
-    min_lr: float = 0.1
-    """Learning rate at the end, as a multiple of lr."""
-    warmup: int = 50
-    """Steps of linear warm-up before the cosine."""
-    weight_decay: float = 0.1
-    """Weight decay of matrices; gates, norms and initial memories have none."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip: float = 1.0
-    """Largest norm of the gradient."""
-    write_price: float = 0.0
-    """Price on writing: times the mean open share of lr and forget gates, added to the loss."""
     write_price_from: float = 0.3
     """Running accuracy (needles) from which the price is asked; text asks it from the start."""
-    bf16: bool = False
-    """bf16 autocast; memories stay in fp32."""
     seed: int = 0
     threads: int = 0
     """Torch threads; 0 leaves torch's choice."""

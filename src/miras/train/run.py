@@ -22,8 +22,8 @@ from miras.nn.lm import LM
 from miras.nn.threads import set_threads
 from miras.presets import override, preset
 from miras.train.checkpoint import checkpoints, read_checkpoint_config, read_meta
-from miras.train.loop import NonFiniteError, Run, Settings
-from miras.train.options import TrainOptions
+from miras.train.loop import NonFiniteError, Run
+from miras.train.options import Settings, TrainOptions
 from miras.train.tasks import NeedleTraining, Task, TextTask
 
 INTERRUPTED = 130
