@@ -50,7 +50,8 @@ from miras.data.recall import IGNORE, RecallTask
 from miras.nn.config import ModelConfig
 from miras.nn.gates import Gate
 from miras.nn.lm import LM, LMState
-from miras.train.loop import NonFiniteError, Run, Settings
+from miras.train.loop import NonFiniteError, Run
+from miras.train.options import Settings
 
 BIASES: dict[str, Bias] = {
     "Dot": Dot(),

@@ -48,7 +48,7 @@ from miras.train.tasks import TextTask
 MODELS = ("titans-mac", "titans-mag")
 PIECE, ROW, EARLY, SAVED = 1024, 102_400, 102_400, 1_024_000
 """Tokens read at once, of one row of what `read` finds, after which a stream is warm, and between saves."""
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "32768", "MALLOC_ARENA_MAX": "1"}
 """Left to itself, glibc moves its thresholds while it runs, and the heap's shape with them: 10 MB either way."""
 
 
@@ -104,16 +104,15 @@ def read(out: Path, name: str, total: int) -> None:
         raise SystemExit(f"{rows_file} and {state_file} do not belong together; remove both")
     while done < total:
         stop = min(total, done + ROW)
-        # One piece is watched, the rest is timed.
-        with observe() as seen:
-            *_, first = read_pieces(model, text(done, done + PIECE), state, piece=PIECE)
-        watched = watch(seen)
-        nats, began = [first.losses], time.process_time()
-        for part in read_pieces(model, text(done + PIECE, stop), first.state, piece=PIECE):
+        # The last piece is watched, the others are timed.
+        nats, began = [], time.process_time()
+        for part in read_pieces(model, text(done, stop - PIECE), state, piece=PIECE):
             nats.append(part.losses)
-        state = part.state
         seconds = time.process_time() - began
-        losses = np.concatenate(nats, 1)
+        with observe() as seen:
+            *_, last = read_pieces(model, text(stop - PIECE, stop), part.state, piece=PIECE)
+        watched, state = watch(seen), last.state
+        losses = np.concatenate([*nats, last.losses], 1)
         if stop == EARLY:
             save_state(out / f"{name}-early.safetensors", state, model)
         rows.append(

@@ -83,8 +83,9 @@ class ModelConfig:
     pattern: mixers of the layers, repeated to num_hidden_layers: "attention", "memory" (a MemoryLayer), "mac",
     "mag", "mal" (memory as context, as gate, as layer). head_dim defaults to hidden_size / num_heads,
     intermediate_size to 8/3 hidden_size rounded up to 16. rule: the memory's four choices; gates: how its gates are
-    made where that differs from the defaults, by name or by name.weight for one weight of the memory; features: how its queries and keys are made;
-    conv_size: taps behind its projections; initial_scale: deviation of the initial memory times sqrt(d_in).
+    made where that differs from the defaults, by name or by name.weight for one weight of the memory; features: how
+    its queries and keys are made; conv_size: taps behind its projections; initial_scale: deviation of the initial
+    memory times sqrt(d_in).
     mag_gate: "silu" or "sigmoid", how memory as gate lets attention through (Titans 4.2 leaves it open).
     window_size: tokens of sliding-window attention, None for full; segment_size: tokens of a segment of memory as
     context, a multiple of the rule's chunk_size; pool: tokens of a segment that share one memory token;
