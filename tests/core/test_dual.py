@@ -1,13 +1,20 @@
 """Written-out backward passes against finite differences, once, twice, and against recorded operations."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from miras.core.activation import gelu, layer_norm
-from miras.core.dual import advance, fast_advance, fast_read, products, read
+from miras.core import scan as scan_module
+from miras.core.activation import gelu, layer_norm, silu
+from miras.core.algorithm import GradientDescent
+from miras.core.dual import fast_step, products, step
+from miras.core.memory import MLP, Matrix, Memory
+from miras.core.rule import Rule, init_state
+from miras.core.scan import scan
 from miras.nn.norm import unit
 
 
@@ -15,48 +22,70 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+def inputs(d_in: int, d_out: int, momentum: bool, n: int = 3) -> list[Tensor]:
+    """What a step takes, for 2 rows of 2 heads."""
+    R, weight = 4, (2, 2, d_in, d_out)
+    taken = [random(R, n, d_in), random(R, n, d_in), random(R, n, d_out)]
+    taken += [random(R, n, n), random(R, n, 1), random(*weight)]
+    if momentum:
+        taken += [random(R, n, 1), random(*weight), random(R, n, 1), random(R, 1, 1)]
+    return taken
+
+
+@pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize(("d_in", "d_out"), [(2, 3), (3, 2), (2, 2)])
-def test_reading_and_advancing(d_in: int, d_out: int, parts: int) -> None:
+def test_a_step(d_in: int, d_out: int, momentum: bool) -> None:
     torch.manual_seed(0)
-    B, H, n, a, b = 2, 2, 3, min(d_in, d_out), max(d_in, d_out)
-    x, keys, d, held = (
-        random(B, H, n, d_in),
-        random(B, H, n, d_in),
-        random(B, H, n, d_out),
-        random(B, H, parts * a, b),
-    )
-    first, table, last = random(B, H, n, parts), random(B, H, n, n), random(B, H, n, parts)
-    carry = random(B, H, parts, parts)
-
-    asked = (x, keys, d, held, first, table)
-    assert torch.allclose(read(*asked), fast_read(*asked), atol=1e-12)
-    assert gradcheck(fast_read, asked) and gradgradcheck(fast_read, asked)
-
-    moved = (x, d, held, carry, last)
-    for slow, fast in zip(advance(*moved), fast_advance(*moved), strict=True):
-        assert torch.allclose(slow, fast, atol=1e-12)
-    assert gradcheck(fast_advance, moved) and gradgradcheck(fast_advance, moved)
+    taken = inputs(d_in, d_out, momentum)
+    with torch.no_grad():
+        silent = fast_step(*taken)
+    for slow, fast, plain in zip(step(*taken), fast_step(*taken), silent, strict=True):
+        assert torch.allclose(slow, fast, atol=1e-12) and torch.equal(fast, plain)
+    assert gradcheck(fast_step, taken) and gradgradcheck(fast_step, taken)
 
 
-@pytest.mark.parametrize("chosen", [0, 1])
-def test_advancing_when_one_result_is_unused(chosen: int) -> None:
+@pytest.mark.parametrize("chosen", [0, 1, 2])
+def test_a_step_of_which_one_result_is_used(chosen: int) -> None:
     torch.manual_seed(1)
-    moved = random(1, 1, 3, 2), random(1, 1, 3, 4), random(1, 1, 4, 4), random(1, 1, 2, 2), random(1, 1, 3, 2)
-    slow, fast = (torch.autograd.grad(f(*moved)[chosen].sum(), moved) for f in (advance, fast_advance))
+    taken = inputs(2, 4, momentum=True)
+    slow, fast = (
+        torch.autograd.grad(f(*taken)[chosen].sum(), taken, allow_unused=True, materialize_grads=True)
+        for f in (step, fast_step)
+    )
     for a, b in zip(slow, fast, strict=True):
         assert torch.allclose(a, b, atol=1e-12)
 
 
-def test_products_are_exact_at_zero_and_one() -> None:
+def test_a_step_keeps_no_gelu_and_no_gradient_of_one() -> None:
     torch.manual_seed(2)
+    _, keys, _, *rest = inputs(2, 4, momentum=True)
+    before, after = random(4, 3, 2), random(4, 3, 4)
+    kept: list[Tensor] = []
+
+    def run(before: Tensor, after: Tensor, keys: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        d = torch.autograd.grad(gelu(after).sin().sum(), after, create_graph=True)[0]
+        x = gelu(before)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            return fast_step(x, keys, d, *rest)
+
+    assert gradcheck(run, (before, after, keys, *rest)) and gradgradcheck(run, (before, after, keys, *rest))
+    kept.clear()
+    run(before, after, keys, *rest)
+    made = [gelu(before), torch.autograd.grad(gelu(after).sin().sum(), after)[0]]
+    assert any(torch.equal(before, t) for t in kept)
+    assert not any(torch.equal(x, t) for x in made for t in kept)
+
+
+def test_products_are_exact_at_zero_and_one() -> None:
+    torch.manual_seed(3)
     a = torch.rand(2, 5, dtype=torch.float64)
     a[0, 2], a[1, 1], a[1, 3] = 0, 1, 0
     a.requires_grad_()
-    table = products(a)
+    first, table = products(a)
     for t in range(5):
-        for i in range(6):
-            want = a[:, i : t + 1].prod(-1) if i <= t + 1 else torch.zeros(2, dtype=torch.float64)
+        assert torch.equal(first[:, t], a[:, : t + 1].prod(-1))
+        for i in range(5):
+            want = a[:, i + 1 : t + 1].prod(-1) if i <= t else torch.zeros(2, dtype=torch.float64)
             assert torch.equal(table[:, t, i], want)
     assert gradcheck(products, (a,)) and gradgradcheck(products, (a,))
 
@@ -65,12 +94,13 @@ def test_products_are_exact_at_zero_and_one() -> None:
     ("ours", "theirs"),
     [
         (gelu, F.gelu),
+        (silu, F.silu),
         (layer_norm, lambda x: F.layer_norm(x, x.shape[-1:])),
         (unit, lambda x: F.normalize(x, dim=-1)),
     ],
 )
 def test_activations(ours, theirs) -> None:
-    torch.manual_seed(3)
+    torch.manual_seed(4)
     x = random(2, 3, 7)
     assert torch.allclose(ours(x), theirs(x), atol=1e-14)
     assert gradcheck(ours, (x,)) and gradgradcheck(ours, (x,))
@@ -79,3 +109,44 @@ def test_activations(ours, theirs) -> None:
         return torch.autograd.grad(ours(x).sin().sum(), x, create_graph=True)[0]
 
     assert gradgradcheck(slope, (x,))
+
+
+def test_a_backward_pass_twice_gives_the_same_numbers() -> None:
+    torch.manual_seed(5)
+    x = torch.randn(3, 40, requires_grad=True)
+    slope = torch.autograd.grad(gelu(x).sin().sum(), x, create_graph=True)[0]
+    twice = [torch.autograd.grad(slope.square().sum(), x, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+class Held:
+    """A tensor that a graph holds for its backward pass."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+@pytest.mark.parametrize("memory", [Matrix(), MLP(), MLP(depth=3)], ids=repr)
+def test_what_chunks_keep_is_about_what_is_reckoned(memory: Memory, momentum: bool, monkeypatch) -> None:
+    chunks, width, heads, n = 6, 16, 2, 32
+    rule = Rule(memory, algorithm=GradientDescent(momentum), chunk_size=n)
+    leaf = lambda *shape: torch.rand(*shape, requires_grad=True)  # noqa: E731
+    state = init_state(rule, {m: leaf(1, heads, *s) for m, s in memory.shapes(width, width).items()})
+    q, k, v = (leaf(1, heads, chunks * n, width) for _ in range(3))
+    gates = {name: leaf(1, heads, chunks * n) for name in rule.gates()}
+    reckon, reckoned = scan_module._activation_bytes, list[int]()
+    monkeypatch.setattr(
+        scan_module, "_activation_bytes", lambda *a: reckoned.append(reckon(*a)) or reckoned[-1]
+    )
+    alive: WeakSet[Held] = WeakSet()
+
+    def hold(x: Tensor) -> Held:
+        alive.add(held := Held(x))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda held: held.x):
+        after = scan(rule, state, q, k, v, gates)
+    parts = [held.x.untyped_storage() for held in alive]
+    kept = sum({part.data_ptr(): part.nbytes() for part in parts}.values())
+    assert after and 0.6 < chunks * reckoned[0] / kept < 1.6

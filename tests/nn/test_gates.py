@@ -54,6 +54,27 @@ def test_shapes_of_channels():
     )
 
 
+def test_every_weight_takes_its_own_part_of_the_projection():
+    rule = Rule(MLP(residual=False), algorithm=GradientDescent(momentum=True))
+    part = make(
+        rule,
+        lr=Gate(scale=0.5, per_weight=True),
+        momentum=Gate(scale=0.9, per_weight=True),
+        forget=Gate("hard", per_weight=True),
+    )
+    x = torch.randn(2, 7, HIDDEN, generator=torch.Generator().manual_seed(1))
+    z = dict(zip([o.name for o in part.by_head], part.proj(x).split(HEADS, -1), strict=True))
+    found = part(x)
+    assert list(found) == ["lr.w1", "lr.w2", "momentum.w1", "momentum.w2", "forget.w1", "forget.w2"]
+    for n in ("w1", "w2"):
+        for name, expected in {
+            "lr": 0.1 * 0.5 * torch.sigmoid(z[f"lr.{n}"]),  # times 1 - (the largest momentum)
+            "momentum": 0.9 * torch.sigmoid(z[f"momentum.{n}"]),
+            "forget": (1.1 * torch.sigmoid(z[f"forget.{n}"]) - 0.05).clamp(0, 1),
+        }.items():
+            assert torch.allclose(found[f"{name}.{n}"], expected.mT, atol=1e-7), (name, n)
+
+
 def test_low_rank_is_low_rank_and_as_large():
     part = make(std=0.1, forget=Gate(channels="input", rank=2), lr=Gate(channels="input", rank=0))
     x = torch.randn(400, 1, HIDDEN, generator=torch.Generator().manual_seed(2))

@@ -1,96 +1,153 @@
 """What stands between the linear maps of a memory, made to be differentiated twice."""
 
 import math
+from collections.abc import Callable, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+gelu_backward = torch.ops.aten.gelu_backward.default
+layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU, x Phi(x); its second derivative is one expression and not a graph of a dozen."""
-    return _Gelu.apply(x)
+    return made(gelu, _Gelu.apply(x), x) if torch.is_grad_enabled() else F.gelu(x)
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        return torch.nn.functional.gelu(x)
+        ctx.slope = None
+        return F.gelu(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
         (g,) = grads
-        return _GeluBackward.apply(g, *ctx.saved_tensors)
+        (x,) = ctx.saved_tensors
+        slope = gelu_backward(torch.ones_like(x), x.detach()) if ctx.slope is None else ctx.slope
+        if torch.is_grad_enabled():  # an inner gradient: the outer one comes here again
+            ctx.slope = slope
+            return made(_GeluBackward.apply, _GeluBackward.apply(g, x, slope), g, x, slope)
+        ctx.slope = None  # the graph may live on, this need not
+        return g * slope
 
 
 class _GeluBackward(torch.autograd.Function):
-    """g gelu'(x), with gelu'(x) = Phi(x) + x phi(x) and gelu''(x) = (2 - x^2) phi(x)."""
+    """g gelu'(x), with gelu'(x) = Phi(x) + x phi(x), given as slope, and gelu''(x) = (2 - x^2) phi(x)."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
-        ctx.save_for_backward(g, x)
-        return torch.ops.aten.gelu_backward(g, x)
+    def forward(ctx: Any, g: Tensor, x: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(g, x, slope)
+        return g * slope
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         (h,) = grads
-        g, x = ctx.saved_tensors
+        g, x, slope = ctx.saved_tensors
         bell = torch.addcmul(x.new_tensor(-0.5 * math.log(2 * math.pi)), x, x, value=-0.5).exp()
         bend = torch.addcmul(x.new_tensor(2.0), x, x, value=-1) * bell
-        return _GeluBackward.apply(h, x), bend * g * h
+        by_g = _GeluBackward.apply(h, x, slope) if torch.is_grad_enabled() else h * slope
+        return by_g, bend * g * h, None
+
+
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x); behind a convolution it keeps nothing of its own for the backward pass."""
+    return _Silu.apply(x) if torch.is_grad_enabled() else F.silu(x)
+
+
+class _Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        save_lean(ctx, (x,), ())
+        return F.silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        (g,) = grads
+        (x,) = saved_lean(ctx)
+        if torch.is_grad_enabled():
+            share = torch.sigmoid(x)
+            return g * share * (1 + x * (1 - share))
+        return torch.ops.aten.silu_backward.default(g, x)
+
+
+def made(by: Callable[..., Tensor], y: Tensor, *parts: Tensor) -> Tensor:
+    """y, with a note that it is by(*parts): cheap to make again from what is kept anyway (see `save_lean`)."""
+    setattr(y, _MADE, (by, parts))
+    return y
+
+
+_MADE = "_miras_made"
+
+
+def save_lean(ctx: Any, lean: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """`ctx.save_for_backward` of all, but of those in `lean` that were `made` only the parts."""
+    notes = [getattr(x, _MADE, (None, (x,))) for x in lean]
+    ctx.notes = [(by, len(parts)) for by, parts in notes]
+    ctx.save_for_backward(*chain(*(parts for _, parts in notes)), *others)
+
+
+def saved_lean(ctx: Any) -> list[Tensor]:
+    """What `save_lean` was given: `lean`, then `others`."""
+    kept = iter(ctx.saved_tensors)
+    lean = [(by, list(islice(kept, n))) for by, n in ctx.notes]
+    return [parts[0] if by is None else by(*parts) for by, parts in lean] + list(kept)
 
 
 def layer_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last axis, without affine part."""
-    return _LayerNorm.apply(x, eps)
+    if torch.is_grad_enabled():
+        return _LayerNorm.apply(x, eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         y, mean, scale = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        ctx.save_for_backward(x, y, mean, scale)
+        ctx.save_for_backward(x, mean, scale)
         ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
         (g,) = grads
-        x, y, mean, scale = ctx.saved_tensors
-        return _LayerNormBackward.apply(g, x, y, mean, scale, ctx.eps), None
+        x, mean, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _LayerNormBackward.apply(g, x, mean, scale, ctx.eps), None
+        return _slope(g, x, mean, scale), None
 
 
 class _LayerNormBackward(torch.autograd.Function):
     """s (g - m(g) - y m(g y)): s = 1 / deviation, y the normalised x, m the mean over the last axis."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor, y: Tensor, mean: Tensor, scale: Tensor, eps: float) -> Tensor:
-        slope = _slope(g, x, y, mean, scale)
-        ctx.save_for_backward(g, x, y, mean, scale, slope)
+    def forward(ctx: Any, g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, eps: float) -> Tensor:
+        slope = _slope(g, x, mean, scale)
+        ctx.save_for_backward(g, x, mean, scale, slope)
         ctx.eps = eps
         return slope
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
         (h,) = grads
-        g, x, y, mu, scale, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():  # someone differentiates once more: everything as a function of x
-            y = layer_norm(x, ctx.eps)
-            scale = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
-            slope = _LayerNormBackward.apply(g, x, y, mu, scale, ctx.eps)
+        g, x, mu, scale, slope = ctx.saved_tensors
         mean = lambda a, b: (a * b).mean(-1, keepdim=True)  # noqa: E731
-        by_g = _slope(h, x, y, mu, scale)
-        gy, hy = mean(g, y), mean(h, y)
-        c = mean(h, g) - h.mean(-1, keepdim=True) * g.mean(-1, keepdim=True) - hy * gy
-        by_x = -scale * (gy * by_g + hy * slope + scale * c * y)
-        return by_g, by_x, None, None, None, None
+        if torch.is_grad_enabled():  # someone differentiates once more: everything as a function of x
+            scale = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
+            y = (x - x.mean(-1, keepdim=True)) * scale
+            by_g, slope = (scale * (u - u.mean(-1, keepdim=True) - mean(u, y) * y) for u in (h, g))
+        else:
+            y = (x - mu) * scale
+            by_g = _slope(h, x, mu, scale)
+        by_x = mean(g, y) * by_g + mean(h, y) * slope + mean(h, slope) * y
+        return by_g, -scale * by_x, None, None, None
 
 
-def _slope(g: Tensor, x: Tensor, y: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        return scale * (g - g.mean(-1, keepdim=True) - y * (g * y).mean(-1, keepdim=True))
-    shape = x.shape[-1:]
-    return torch.ops.aten.native_layer_norm_backward(
-        g, x, shape, mean, scale, None, None, [True, False, False]
-    )[0]
+def _slope(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    return layer_norm_backward(g, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]

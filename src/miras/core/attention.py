@@ -3,8 +3,8 @@
 Shapes: B rows, H heads, T tokens, D head width, L cached keys, P persistent tokens, m keys of a token.
 """
 
-import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +42,22 @@ def init_window(rows: int, heads: int, width: int, size: int | None, like: Tenso
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of x (B, H, T, D) at int64 positions (B, T); D must be even.
+    """Rotary embedding of x (B, H, T, D) at int64 positions (B, T), or (B, 1) for all; D must be even.
 
     Angles are formed in fp64: in fp32 they are 0.25 rad wrong at position 10,000,000.
     """
-    half = x.shape[-1] // 2
-    rate = theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
-    angle = position[:, None, :, None].double() * rate
+    rate = _rates(x.shape[-1] // 2, theta, x.device)
+    angle = position[:, None, :, None] * rate
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+@lru_cache(maxsize=64)
+def _rates(half: int, theta: float, device: torch.device) -> Tensor:
+    """Turns per position of each pair of channels, theta^(-i / half), (half,) in fp64."""
+    with torch.inference_mode(False):  # or training, later, could not use them
+        return torch.pow(theta, -torch.arange(half, dtype=torch.float64, device=device) / half)
 
 
 def attention(
@@ -78,6 +84,9 @@ def attention(
     if T == 0:
         return v, window
     m = k.shape[2] // T
+    q = q * q.shape[-1] ** -0.5
+    if T == 1 and there is None and length is None and reset is None and _is_full(window, size, m):
+        return _next(q, k, v, window, size, theta, persistent)
     position = window.next[:, None] + torch.arange(T, device=q.device)
     start = window.start[:, None].expand(B, T)
     if reset is not None:
@@ -101,7 +110,7 @@ def attention(
     # A stream's first call without holes, documents or persistent tokens needs no mask of T x T.
     plain = free is None and there is None and reset is None and keys.shape[2] == T
     if plain and (size is None or T <= size):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
     else:
         scores = _banded if size is not None and T > size else _dense
         y = scores(q, keys, values, position, start, places, size, free)
@@ -126,28 +135,56 @@ def attention(
     return y, Window(k, v, kept, window.next + moved, start)
 
 
-def _visible(position: Tensor, start: Tensor, places: Tensor, size: int | None) -> Tensor:
-    """Which places (..., L) a token at `position` (..., T) of a document begun at `start` sees: (..., T, L)."""
+def _is_full(window: Window, size: int | None, m: int) -> bool:
+    """Whether the window has its place for every key, and not been handed over empty."""
+    return size is None or window.k.shape[2] == m * size
+
+
+def _next(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    size: int | None,
+    theta: float | None,
+    persistent: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Window]:
+    """`attention` of every row's next token, q scaled: the window moves, and all it holds of the document is seen."""
+    m = k.shape[2]
+    free = None if persistent is None else (q @ persistent[0].mT, persistent[1])
+    here = window.next[:, None]
+    if theta is not None:
+        both = rotate(torch.cat([q, k], 2), here, theta)
+        q, k = both[:, :, :1], both[:, :, 1:]
+    gone = 0 if size is None else m
+    keys = torch.cat([window.k[:, :, gone:], k], 2)
+    values = torch.cat([window.v[:, :, gone:], v], 2)
+    places = torch.cat([window.position[:, gone:], *[here] * m], 1)
+    y = _softmax_read(q, keys, values, (places < window.start[:, None])[:, None], free)
+    return y, Window(keys, values, places, window.next + 1, window.start)
+
+
+def _hidden(position: Tensor, start: Tensor, places: Tensor, size: int | None) -> Tensor:
+    """Which places (..., L) a token at `position` (..., T), its document begun at `start`, cannot see."""
     place, here = places[..., None, :], position[..., :, None]
-    seen = (place <= here) & (place >= start[..., :, None]) & (place >= 0)
-    return seen if size is None else seen & (place > here - size)
+    hidden = (place > here) | (place < start[..., :, None]) | (place < 0)
+    return hidden if size is None else hidden | (place <= here - size)
 
 
 def _softmax_read(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, free: tuple[Tensor, Tensor] | None
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, free: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Attention of q (..., H, T, D) over k, v (..., H, L, D) where seen (..., T, L), and over what persists.
+    """Attention of scaled q (..., H, T, D) over k, v (..., H, L, D) but where hidden (..., T, L), and what persists.
 
-    `free` holds the persistent tokens' scores (..., H, T, P), not yet scaled, and values (H, P, D).
+    `free` holds the persistent tokens' scores (..., H, T, P) and values (H, P, D).
     """
-    scale = 1 / math.sqrt(q.shape[-1])
-    score = ((q @ k.mT) * scale).masked_fill(~seen.unsqueeze(-3), -torch.inf)
+    score = (q @ k.mT).masked_fill(hidden.unsqueeze(-3), -torch.inf)
     if free is not None:
-        weight = torch.cat([free[0] * scale, score], -1).softmax(-1)
-        P = free[1].shape[-2]
-        return weight[..., :P] @ free[1] + weight[..., P:] @ v
+        weight = torch.cat([free[0], score], -1).softmax(-1)
+        known, met = weight.split([free[0].shape[-1], score.shape[-1]], -1)
+        return known @ free[1] + met @ v
     # A padding token sees nothing: its row of -inf must not become NaN.
-    nothing = ~seen.any(-1)[..., None, :, None]
+    nothing = hidden.all(-1)[..., None, :, None]
     return score.masked_fill(nothing, 0.0).softmax(-1) @ v
 
 
@@ -161,7 +198,7 @@ def _dense(
     size: int | None,
     free: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    return _softmax_read(q, k, v, _visible(position, start, places, size), free)
+    return _softmax_read(q, k, v, _hidden(position, start, places, size), free)
 
 
 def _banded(
@@ -189,5 +226,5 @@ def _banded(
     if free is not None:
         score = F.pad(free[0], (0, 0, 0, pad)).unflatten(2, (blocks, size)).transpose(1, 2)
         free = (score, free[1])
-    y = _softmax_read(q, k, v, _visible(position, start, places, size), free)
+    y = _softmax_read(q, k, v, _hidden(position, start, places, size), free)
     return y.transpose(1, 2).flatten(2, 3)[:, :, :T]

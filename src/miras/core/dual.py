@@ -1,15 +1,11 @@
 """The pieces of the dual form that cost time, each with a backward pass of its own.
 
 Tables of products, reading and advancing are multilinear, so their gradients are known whatever the memory, bias and
-gates are. Written out they scale the narrower side of every product, meet A and S in one product, and accumulate in
-place: half the time that recorded operations need.
+gates are. Written out they scale the narrower side of every product and accumulate in place.
 
-A weight's A and S are held as one tensor (B, H, parts * a, b), A above S, with a the narrower side of the weight and
-b the wider one (so transposed where d_in > d_out); parts is 2 with momentum, else 1.
-
-Shapes: x (B, H, n, d_in), d (B, H, n, d_out); first (B, H, n, parts), what a token reads of A and S; table
-(B, H, n, n) what it reads of each token; last_table (B, H, n, parts) the same at the chunk's end; carry
-(B, H, parts, parts), the share of A and S there in A and in S.
+Shapes, with R = B * H: x (R, n, d_in) what is asked, keys (R, n, d_in), d (R, n, d_out); table (R, n, n), what a
+token reads of each token; A, S (B, H, d_in, d_out); first, first_S (R, n, 1), their shares in what a token reads;
+last (R, n, 1), each token's share in S at the chunk's end; carry (R, 1, 1), that of S itself.
 """
 
 from collections.abc import Callable
@@ -19,72 +15,136 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def hold(A: Tensor, S: Tensor | None) -> Tensor:
-    """A and S (B, H, d_in, d_out) as one tensor (B, H, parts * a, b)."""
-    parts = [A] if S is None else [A, S]
-    if A.shape[-2] > A.shape[-1]:
-        parts = [x.mT for x in parts]
-    return torch.cat(parts, -2)
+from miras.core.activation import save_lean, saved_lean
 
 
-def release(held: Tensor, wide_in: bool, parts: int) -> tuple[Tensor, ...]:
-    """What `hold` took: (A,) or (A, S)."""
-    return tuple(x.mT if wide_in else x for x in held.chunk(parts, -2))
+def step(
+    x: Tensor, keys: Tensor, d: Tensor, table: Tensor, first: Tensor, A: Tensor, *momentum: Tensor
+) -> tuple[Tensor, ...]:
+    """What every token reads, x_t A_t, and A after the last one, without forming the A_t before it.
+
+    y_t = first_t x_t A + first_S_t x_t S + sum_i table_ti (x_t . keys_i) d_i, and A so too, with the last token's
+    shares. With momentum = first_S, S, last, carry comes S after it: carry S + sum_i last_i keys_i d_i^T.
+    """
+    shape, A = A.shape, _flat(A)
+    y = ((x @ keys.mT) * table) @ d + first * (x @ A)
+    A = first[:, -1:] * A + (keys * table[:, -1, :, None]).mT @ d
+    if not momentum:
+        return y, A.view(shape)
+    first_S, S, last, carry = momentum
+    S = _flat(S)
+    y, A = y + first_S * (x @ S), A + first_S[:, -1:] * S
+    S = carry * S + (keys * last).mT @ d
+    return y, A.view(shape), S.view(shape)
 
 
-def read(x: Tensor, keys: Tensor, d: Tensor, held: Tensor, first: Tensor, table: Tensor) -> Tensor:
-    """x_t A_t for every token: K0 x A + G0 x S + ((x keys^T) . G) d, without forming any A_t."""
-    y = ((x @ keys.mT) * table) @ d
-    kept = release(held, x.shape[-1] > d.shape[-1], first.shape[-1])
-    return y + sum(share * (x @ part) for share, part in zip(first.split(1, -1), kept, strict=True))
+def fast_step(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """`step`, the same numbers."""
+    return _Step.apply(*inputs) if torch.is_grad_enabled() else _stepped(*inputs)
 
 
-def advance(x: Tensor, d: Tensor, held: Tensor, carry: Tensor, last_table: Tensor) -> tuple[Tensor, Tensor]:
-    """K A + G0 S + sum_i G_i x_i d_i^T and H0 S + sum_i H_i x_i d_i^T, held; and the first by itself."""
-    wide_in = x.shape[-1] > d.shape[-1]
-    s, w = (d, x) if wide_in else (x, d)
-    after = (carry @ _stacked(held, carry)).view_as(held) + _weigh(s, last_table).mT @ w
-    A = after[..., : s.shape[-1], :]
-    return after, A.mT if wide_in else A
+def _stepped(
+    x: Tensor, keys: Tensor, d: Tensor, table: Tensor, first: Tensor, A: Tensor, *momentum: Tensor
+) -> tuple[Tensor, ...]:
+    shape, A = A.shape, _flat(A)
+    y = torch.bmm(torch.bmm(x, keys.mT).mul_(table), d)
+    _add_read(y, x, A, first)
+    after = [_add_written(A * first[:, -1:], keys, d, table[:, -1, :, None])]
+    if momentum:
+        first_S, S, last, carry = momentum
+        S = _flat(S)
+        _add_read(y, x, S, first_S)
+        after[0].addcmul_(S, first_S[:, -1:])
+        after.append(_add_written(S * carry, keys, d, last))
+    return y, *(new.view(shape) for new in after)
 
 
-def fast_read(x: Tensor, keys: Tensor, d: Tensor, held: Tensor, first: Tensor, table: Tensor) -> Tensor:
-    """`read`, the same numbers."""
-    return _Read.apply(x, keys, d, held, first, table)
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x, keys, d, *others = inputs
+        save_lean(ctx, (x, d), (keys, *others))
+        ctx.set_materialize_grads(False)
+        return _stepped(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, d, keys, table, first, A, *momentum = saved_lean(ctx)
+        if torch.is_grad_enabled():
+            return _recorded(ctx, step, grads, (x, keys, d, table, first, A, *momentum))
+        shape, A = A.shape, _flat(A)
+        g = torch.zeros_like(d) if grads[0] is None else grads[0]
+        by_A, *by_S = (None if by is None else _flat(by) for by in grads[1:])
+        met = torch.bmm(x, keys.mT)
+        back = torch.bmm(g, d.mT)
+        by_table = back * met
+        by_d = torch.bmm(met.mul_(table).mT, g)
+        back.mul_(table)
+        by_keys = torch.bmm(back.mT, x)
+        by_x = torch.bmm(back, keys)
+        by_first, into_A = _read_back(g, x, A, first, by_x)
+        if by_A is not None:
+            by_table[:, -1].add_(_written_back(by_A, keys, d, table[:, -1, :, None], by_keys, by_d)[..., 0])
+            by_first[:, -1:].add_(_dot(by_A, A))
+            into_A.addcmul_(by_A, first[:, -1:])
+        found = [by_x, by_keys, by_d, by_table, by_first, into_A.view(shape)]
+        if momentum:
+            first_S, S, last, carry = momentum
+            S = _flat(S)
+            by_first, into_S = _read_back(g, x, S, first_S, by_x)
+            if by_A is not None:
+                by_first[:, -1:].add_(_dot(by_A, S))
+                into_S.addcmul_(by_A, first_S[:, -1:])
+            by_last = by_carry = None
+            if by_S[0] is not None:
+                by_last = _written_back(by_S[0], keys, d, last, by_keys, by_d)
+                by_carry = _dot(by_S[0], S)
+                into_S.addcmul_(by_S[0], carry)
+            found += [by_first, into_S.view(shape), by_last, by_carry]
+        return tuple(found)
 
 
-def fast_advance(
-    x: Tensor, d: Tensor, held: Tensor, carry: Tensor, last_table: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`advance`, the same numbers."""
-    return _Advance.apply(x, d, held, carry, last_table)
+def _add_read(y: Tensor, x: Tensor, W: Tensor, share: Tensor) -> None:
+    """y += share * (x W)."""
+    if W.shape[1] <= W.shape[2]:
+        y.baddbmm_(x * share, W)
+    else:
+        y.addcmul_(torch.bmm(x, W), share)
 
 
-def _weigh(s: Tensor, weights: Tensor) -> Tensor:
-    """[s w_1 | s w_2]: (..., n, a) and (..., n, parts) to (..., n, parts * a)."""
-    if weights.shape[-1] == 1:
-        return s * weights
-    return (weights[..., None] * s[..., None, :]).flatten(-2)
+def _read_back(g: Tensor, x: Tensor, W: Tensor, share: Tensor, by_x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of share and W in `_add_read`; that of x is added to by_x."""
+    through = torch.bmm(g, W.mT)
+    by_x.addcmul_(through, share)
+    by_W = torch.bmm((x * share).mT, g) if W.shape[1] <= W.shape[2] else torch.bmm(x.mT, g * share)
+    return through.mul_(x).sum(-1, keepdim=True), by_W
 
 
-def _shares(weighed: Tensor, s: Tensor, parts: int) -> Tensor:
-    """The gradient of the weights in `_weigh`: (..., n, parts * a) and (..., n, a) to (..., n, parts)."""
-    return (weighed.unflatten(-1, (parts, -1)) * s[..., None, :]).sum(-1)
+def _add_written(W: Tensor, keys: Tensor, d: Tensor, weight: Tensor) -> Tensor:
+    """W += sum_i weight_i keys_i d_i^T."""
+    if W.shape[1] <= W.shape[2]:
+        return W.baddbmm_((keys * weight).mT, d)
+    return W.baddbmm_(keys.mT, d * weight)
 
 
-def _gathered(weighed: Tensor, weights: Tensor) -> Tensor:
-    """The gradient of s in `_weigh`: (..., n, parts * a) and (..., n, parts) to (..., n, a)."""
-    one, *more = weighed.chunk(weights.shape[-1], -1)
-    total = one * weights[..., :1]
-    for part, weight in zip(more, weights.split(1, -1)[1:], strict=True):
-        total.addcmul_(part, weight)
-    return total
+def _written_back(
+    by_W: Tensor, keys: Tensor, d: Tensor, weight: Tensor, by_keys: Tensor, by_d: Tensor
+) -> Tensor:
+    """The gradient of weight in `_add_written`; those of keys and d are added to by_keys and by_d."""
+    if by_W.shape[1] <= by_W.shape[2]:
+        side = torch.bmm(d, by_W.mT)
+        by_keys.addcmul_(side, weight)
+        by_d.baddbmm_(keys * weight, by_W)
+        return side.mul_(keys).sum(-1, keepdim=True)
+    side = torch.bmm(keys, by_W)
+    by_d.addcmul_(side, weight)
+    by_keys.baddbmm_(d * weight, by_W.mT)
+    return side.mul_(d).sum(-1, keepdim=True)
 
 
-def _stacked(held: Tensor, carry: Tensor) -> Tensor:
-    """(B, H, parts * a, b) as (B, H, parts, a * b)."""
-    return held.reshape(*carry.shape[:-1], -1)
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a * b, (R, i, j) and (R, i, j) to (R, 1, 1)."""
+    return (a * b).sum((-2, -1), keepdim=True)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -95,13 +155,13 @@ def _recorded(
     ctx: Any,
     fn: Callable[..., Any],
     grads: tuple[Tensor | None, ...],
-    saved: tuple[Tensor, ...] | None = None,
+    saved: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients through recorded operations, for a caller who wants to differentiate them again."""
     needed = ctx.needs_input_grad
     with torch.enable_grad():
         # Inputs may depend on each other; aliases do not, so that each gets its own gradient and no other's.
-        inputs = [x.view_as(x) for x in (ctx.saved_tensors if saved is None else saved)]
+        inputs = [x.view_as(x) for x in saved]
         outputs = fn(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None]
@@ -114,103 +174,10 @@ def _recorded(
     return tuple(next(found) if need else None for need in needed)
 
 
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, keys: Tensor, d: Tensor, held: Tensor, first: Tensor, table: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, keys, d, held, first, table)
-        shape = d.shape
-        x, keys, d, held, first, table = map(_flat, (x, keys, d, held, first, table))
-        y = torch.bmm(torch.bmm(x, keys.mT).mul_(table), d)
-        if x.shape[-1] <= d.shape[-1]:
-            y.baddbmm_(_weigh(x, first), held)
-        else:
-            y += _gathered(torch.bmm(x, held.mT), first)
-        return y.view(shape)
+def products(a: Tensor) -> tuple[Tensor, Tensor]:
+    """[t] = a_1 ... a_t and [t, i] = a_{i+1} ... a_t, 1 for i = t, 0 above: (..., n) to (..., n) and (..., n, n).
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        if torch.is_grad_enabled():
-            return _recorded(ctx, read, (g,))
-        saved = ctx.saved_tensors
-        x, keys, d, held, first, table = map(_flat, saved)
-        g, parts = _flat(g), first.shape[-1]
-        met = torch.bmm(x, keys.mT)
-        back = torch.bmm(g, d.mT)
-        by_table = back * met
-        by_d = torch.bmm(met.mul_(table).mT, g)
-        back.mul_(table)
-        by_keys = torch.bmm(back.mT, x)
-        by_x = torch.bmm(back, keys)
-        if x.shape[-1] <= d.shape[-1]:
-            through = torch.bmm(g, held.mT)
-            by_x += _gathered(through, first)
-            by_first = _shares(through, x, parts)
-            by_held = torch.bmm(_weigh(x, first).mT, g)
-        else:
-            by_first = _shares(torch.bmm(x, held.mT), g, parts)
-            weighed = _weigh(g, first)
-            by_x.baddbmm_(weighed, held)
-            by_held = torch.bmm(weighed.mT, x)
-        found = by_x, by_keys, by_d, by_held, by_first, by_table
-        return tuple(t.view(s.shape) for t, s in zip(found, saved, strict=True))
-
-
-class _Advance(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, d: Tensor, held: Tensor, carry: Tensor, last_table: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(x, d, held, carry, last_table)
-        ctx.set_materialize_grads(False)
-        wide_in = x.shape[-1] > d.shape[-1]
-        s, w = (d, x) if wide_in else (x, d)
-        after = _weigh(s, last_table).mT @ w
-        _flat(_stacked(after, carry)).baddbmm_(_flat(carry), _flat(_stacked(held, carry)))
-        A = after[..., : s.shape[-1], :]
-        return after, A.mT if wide_in else A
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        g, g_A = grads
-        if torch.is_grad_enabled():
-            return _recorded(ctx, advance, (g, g_A))
-        x, d, held, carry, last_table = ctx.saved_tensors
-        wide_in, parts = x.shape[-1] > d.shape[-1], carry.shape[-1]
-        s, w = (d, x) if wide_in else (x, d)
-        if g is None and g_A is None:
-            return None, None, None, None, None
-        if g_A is not None:
-            g_A = g_A.mT if wide_in else g_A
-            own = torch.empty_like(held) if g is None else torch.empty_like(g)
-            halves = own.chunk(parts, -2)
-            rest = own[..., halves[0].shape[-2] :, :]
-            if g is None:
-                halves[0].copy_(g_A)
-                rest.zero_()
-            else:
-                torch.add(g.chunk(parts, -2)[0], g_A, out=halves[0])
-                rest.copy_(g[..., halves[0].shape[-2] :, :])
-            g = own
-        assert g is not None  # for the type checker
-        stacked = _stacked(g, carry)
-        by_held = (carry.mT @ stacked).view_as(held)
-        by_carry = torch.einsum("bhpn,bhqn->bhpq", stacked, _stacked(held, carry))
-        side = w @ g.mT
-        by_last = _shares(side, s, parts)
-        by_s = _gathered(side, last_table)
-        by_w = _weigh(s, last_table) @ g
-        return (
-            (by_w, by_s, by_held, by_carry, by_last) if wide_in else (by_s, by_w, by_held, by_carry, by_last)
-        )
-
-
-def products(a: Tensor) -> Tensor:
-    """[t, i] = a_i ... a_t for i <= t, 1 for i = t + 1, else 0: (..., n) to (..., n, n + 1).
-
-    Column 0 carries the initial state, column i + 1 the input of token i. Formed and differentiated by
+    The first carries the initial state, the second the input of every token. Formed and differentiated by
     multiplication alone, so that values and gradients are exact where a gate is 0 or 1.
     """
     return _Products.apply(a)
@@ -218,21 +185,21 @@ def products(a: Tensor) -> Tensor:
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        n = a.shape[-1]
-        row, column = torch.arange(n, device=a.device)[:, None], torch.arange(n + 1, device=a.device)
-        table = torch.where(column <= row, a[..., None], 1).cumprod(-2).mul_(column <= row + 1)
-        ctx.save_for_backward(table)
-        return table
+    def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:
+        at = torch.arange(a.shape[-1], device=a.device)
+        first = a.cumprod(-1)
+        table = torch.where(at < at[:, None], a[..., None], 1).cumprod(-2).tril_()
+        ctx.save_for_backward(first, table)
+        return first, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
-        (g,) = grads
-        # d [t, i] / d a_s is the product before s times the one after it, [s - 1, i] [t, s + 1].
-        (table,) = ctx.saved_tensors
-        before = F.pad(table[..., :-1, :], (0, 0, 1, 0))
-        before[..., 0, 0] = 1
-        return (before * (table[..., 1:].mT @ g)).sum(-1)
+        # d [t, i] / d a_s is the product before s times the one after it, [s - 1, i] [t, s].
+        first, table = ctx.saved_tensors
+        by_first, by_table = grads
+        found = F.pad(first[..., :-1], (1, 0), value=1) * (table.mT @ by_first[..., None])[..., 0]
+        after = (table.mT @ by_table)[..., 1:, :]
+        return found + F.pad((table[..., :-1, :] * after).sum(-1), (1, 0))
 
 
 def accumulate(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """One channel through which a running memory can be watched, without touching any signature."""
 
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
@@ -55,13 +55,14 @@ def observe(active: bool = True) -> Generator[Observation, None, None]:
         _open.reset(token)
 
 
-@contextmanager
-def layer(name: str) -> Generator[None, None, None]:
+def layer(name: str) -> AbstractContextManager[None]:
     """Name the layer whose memory runs inside the block."""
     seen = _open.get()
-    if seen is None:
-        yield
-        return
+    return nullcontext() if seen is None else _named(seen, name)
+
+
+@contextmanager
+def _named(seen: Observation, name: str) -> Generator[None, None, None]:
     before, seen.layer = seen.layer, name
     try:
         yield

@@ -120,8 +120,12 @@ def segments(rows: Rows, phase: Tensor, T: int, size: int) -> list[Part]:
 
     phase (B,) int64 is how much of each row's open segment is already read.
     """
-    first = int(phase[0])
-    if rows.length is None and rows.reset is None and bool((phase == first).all()):
+    phases = phase.tolist()
+    first = phases[0]
+    if T == 1 and rows.length is None and rows.reset is None:
+        starts = phase == 0 if 0 in phases else None
+        return [Part(Rows(write=rows.write), starts, not any(phases), slice(0, 1))]
+    if rows.length is None and rows.reset is None and all(x == first for x in phases):
         parts: list[Part] = []
         at = 0
         while at < T:

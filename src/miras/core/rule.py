@@ -252,11 +252,11 @@ def check(
 def _check_gates(
     rule: Rule, gates: Tree, weights: dict[str, tuple[int, int]], tokens: tuple[int, int, int], d_value: int
 ) -> None:
-    known = {f"{name}{tail}" for name in rule.gates() for tail in ("", *(f".{n}" for n in weights))}
+    read, of_bias = rule.gates(), rule.bias.gates
     steps = rule.algorithm.steps
     for name, gate in gates.items():
-        base, _, weight = name.partition(".")
-        if name not in known or (weight and base in rule.bias.gates):
+        base, dot, weight = name.partition(".")
+        if base not in read or (dot and (weight not in weights or base in of_bias)):
             raise ValueError(f"scan: unknown gate {name!r}; this rule reads {', '.join(rule.gates())}")
         if base == "lr" and steps > 1:
             if gate.shape != (*tokens, steps):
@@ -266,7 +266,7 @@ def _check_gates(
             continue
         if gate.shape == tokens:
             continue
-        if base in rule.bias.gates:
+        if base in of_bias:
             allowed = [(1, d_value)] if base in rule.bias.channelwise else []
         else:
             mine = [weights[weight]] if weight else list(weights.values())
@@ -287,7 +287,7 @@ def _check_gates(
                 f"scan: gate {name!r} must be (B, H, T){' or channel-wise' if allowed else ''}, one of "
                 f"{', '.join(map(str, choices))}; got {tuple(gate.shape)}"
             )
-    for name in rule.gates():
+    for name in read:
         if name not in gates and not all(f"{name}.{n}" in gates for n in weights):
             raise ValueError(f"scan: gate {name!r} is missing; this rule reads {', '.join(rule.gates())}")
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.algorithm import bound_factors
-from miras.core.dual import accumulate, fast_advance, fast_read, hold, products, release
+from miras.core.dual import accumulate, fast_step, products
 from miras.core.memory import Weights
 from miras.core.observe import observe, observing, per_token
 from miras.core.rows import grid
@@ -46,7 +46,7 @@ from miras.core.rule import (
 )
 from miras.core.state import Tree, choose, ordinary
 
-ACTIVATION_BYTES = 160 << 20
+ACTIVATION_BYTES = 144 << 20
 """About as many bytes are kept for the backward pass; chunks before the last ones that fit are recomputed in it."""
 
 
@@ -273,11 +273,11 @@ def _groups(
 
 def _activation_bytes(chunks: Chunks, state: State) -> int:
     """About what one chunk keeps for the backward pass: weights, what goes in and out of them, and its tables."""
-    n, rows = chunks.q.shape[3], chunks.q.shape[0] * chunks.q.shape[1]
+    n, rows, parts = chunks.q.shape[3], chunks.q.shape[0] * chunks.q.shape[1], 1 + bool(state.S)
     weights = sum(
-        2 * a.shape[-2] * a.shape[-1] + 3 * n * (a.shape[-2] + a.shape[-1]) for a in state.A.values()
+        parts * a.shape[-2] * a.shape[-1] + 5 * n * (a.shape[-2] + a.shape[-1]) // 2 for a in state.A.values()
     )
-    return rows * (weights + 8 * n * n) * chunks.q.element_size()
+    return rows * (weights + 4 * n * n) * chunks.q.element_size()
 
 
 def _parts(chunks: Chunks, size: int) -> list[Chunks]:
@@ -385,56 +385,74 @@ def dual(
     trace: list[Tree] | None,
     factors: "Factors | None" = None,
 ) -> tuple[Tensor, State]:
-    """Chunks one after the other in the dual form; what depends on gates and keys alone is done for all at once."""
+    """Chunks one after the other in the dual form; what depends on gates and keys alone is done for all at once.
+
+    Inside, rows and heads are one axis (R = B * H), so that products need no reshaping.
+    """
     factors = at_the_anchor if factors is None else factors
     if chunks.starts[0] is not None and fresh is not None:
         state = choose(chunks.starts[0], fresh, state)
+    B, H = chunks.q.shape[:2]
     table = _coefficients(rule, state, chunks, trace is not None)
     per_chunk = {n: _by_chunk(c) for n, c in table.items()}
-    gates = {name: g.unbind(2) for name, g in chunks.gates.items()}
-    q, k, v = (x.unbind(2) for x in chunks[:3])
-    held = _hold(state)
-    fresh_held = None if fresh is None else _hold(fresh)
+    gates = {name: _cut(g.squeeze(-2) if g.dim() == 6 else g) for name, g in chunks.gates.items()}
+    outer = {n: p.repeat(B, 1) for n, p in chunks.outer.items()}
+    q, k, v = map(_cut, chunks[:3])
+    closed: State | None = None
     reads: list[Tensor] = []
     for j in range(len(q)):
         start, end = chunks.starts[j], chunks.ends[j]
-        if j > 0 and start is not None and fresh is not None and fresh_held is not None:
-            state, held = choose(start, fresh, state), choose(start, fresh_held, held)
+        if j > 0 and start is not None and fresh is not None:
+            state = choose(start, fresh, state)
         coefs = {n: c[j] for n, c in per_chunk.items()}
         gates_j = {name: g[j] for name, g in gates.items()}
-        xs, ds, loss = factors(rule, state, held, k[j], v[j], gates_j, chunks.outer, coefs)
+        xs, ds, loss = factors(rule, state, k[j], v[j], gates_j, outer, coefs)
 
-        read = partial(_read, xs, ds, held, coefs)
-        reads.append(rule.memory.apply(q[j], _weights(read, chunks.outer)))
+        after: dict[str, list[Tensor]] = {}
+        read = partial(_step, state, xs, ds, coefs, after)
+        reads.append(rule.memory.apply(q[j], _weights(read, outer)))
         if trace is not None:
-            lr = {n: c.lr for n, c in coefs.items()}
+            seen = {
+                n: x.unflatten(0, (B, H)) for n, x in (_watch(state, xs, ds, coefs) | {"loss": loss}).items()
+            }
+            lr = {n: c.lr.unflatten(0, (B, H)) for n, c in coefs.items()}
             write = None if chunks.write is None else chunks.write[:, j]
-            seen = observed(gates_j, lr, write) | _watch(held, xs, ds, coefs) | {"loss": loss}
+            seen |= observed({n: g[:, :, j] for n, g in chunks.gates.items()}, lr, write)
             trace.append({n: x.detach() for n, x in seen.items()})
-        A: Tree = {}
-        for n, c in coefs.items():
-            held[n], A[n] = fast_advance(xs[n], ds[n], held[n], c.carry, c.last)
-        retained = {n: r * coefs[n].K0[..., -1, None, None] for n, r in state.retained.items()}
-        state = State(A, state.S, state.anchor, state.phase, retained, state.recent)
-        if end is True:
-            state = close_chunk(rule, state)
-        elif isinstance(end, Tensor):
-            state = _leave_open(rule, state, k[j], chunks, j, end)
-    if state.S:
-        S = {n: release(held[n], a.shape[-2] > a.shape[-1], 2)[1] for n, a in state.A.items()}
-        state = replace(state, S=S)
+        A, S = {n: after[n][0] for n in state.A}, {n: after[n][1] for n in state.S}
+        if isinstance(end, Tensor):
+            kept = {n: coefs[n].first[:, -1:].unflatten(0, (B, H)) for n in state.retained}
+            retained = {n: r * kept[n] for n, r in state.retained.items()}
+            state = State(A, S, state.anchor, state.phase, retained, state.recent)
+            state = _leave_open(rule, state, chunks, j, end)
+        else:
+            closed = close_chunk(rule, state) if closed is None else closed
+            state = replace(closed, A=A, S=S, anchor=A)
     # In one layout whether it was held or loaded: a product's rounding depends on it, and resuming is bit for bit.
     state = state.map(torch.Tensor.contiguous)
-    return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
+    y = reads[0] if len(reads) == 1 else torch.cat(reads, 1)
+    return y.unflatten(0, (B, H)), state
 
 
-def _read(xs: Tree, ds: Tree, held: Tree, coefs: "dict[str, Coefficients]", name: str, x: Tensor) -> Tensor:
+def _cut(x: Tensor) -> tuple[Tensor, ...]:
+    """(B, H, N, ...) to N of (R, ...)."""
+    return x.flatten(0, 1).unbind(1)
+
+
+def _step(
+    state: State,
+    xs: Tree,
+    ds: Tree,
+    coefs: "dict[str, Coefficients]",
+    after: dict[str, list[Tensor]],
+    name: str,
+    x: Tensor,
+) -> Tensor:
+    """A weight's part of the reads; what the chunk leaves of its A and S goes to `after`."""
     c = coefs[name]
-    return fast_read(x, xs[name], ds[name], held[name], c.first, c.table)
-
-
-def _hold(state: State) -> Tree:
-    return {n: hold(a, state.S.get(n)) for n, a in state.A.items()}
+    momentum = [t for t in (c.first_S, state.S.get(name), c.last, c.carry) if t is not None]
+    y, *after[name] = fast_step(x, xs[name], ds[name], c.table, c.first, state.A[name], *momentum)
+    return y
 
 
 def _weights(linear: Callable[[str, Tensor], Tensor], outer: Tree) -> Weights:
@@ -479,7 +497,7 @@ def formed_per_token(
         if end is True:
             state = close_chunk(rule, state)
         elif isinstance(end, Tensor):
-            state = _leave_open(rule, state, k[j], chunks, j, end)
+            state = _leave_open(rule, state, chunks, j, end)
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
 
 
@@ -576,10 +594,11 @@ def _step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
     return lr * (bound if lr.dim() == 4 else bound[..., None, None])
 
 
-def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, phase: Tensor) -> State:
+def _leave_open(rule: Rule, state: State, chunks: Chunks, j: int, phase: Tensor) -> State:
     """The state after a piece of a chunk: `recent` takes the piece's keys and steps at their places."""
     recent = state.recent
     if rule.algorithm.step_bound:
+        k = chunks.k[:, :, j]
         B, H, n, _ = k.shape
         slots = chunks.slots.expand(B, n)
         write = None if chunks.write is None else chunks.write[:, j]
@@ -601,31 +620,24 @@ def _leave_open(rule: Rule, state: State, k: Tensor, chunks: Chunks, j: int, pha
 class Coefficients(NamedTuple):
     """What one weight's update is made of, chunk by chunk, with the signs of the equations at the top of the file.
 
-    lr (..., n) the bounded step, keep (..., n). first (..., n, 1 or 2): K0 and, with momentum, G0; table (..., n, n),
-    -G of the equations; K0 (..., n). At the chunk's last token: carry (..., 1, 1) or (..., 2, 2), [[K0, G0],
-    [0, H0]], and last (..., n, 1 or 2), -G and -H. H (..., n, n), -H of the equations, and H0 (..., n) are for an
-    observer only.
+    lr (..., n) the bounded step, keep (..., n); first (..., n, 1), K0; table (..., n, n), -G of the equations. With
+    momentum first_S (..., n, 1), G0, and at the chunk's last token last (..., n, 1), -H, and carry (..., 1, 1), H0.
+    H (..., n, n), -H of the equations, and H0 (..., n) are for an observer only.
     """
 
     lr: Tensor
     keep: Tensor
-    K0: Tensor
     first: Tensor
     table: Tensor
-    carry: Tensor
-    last: Tensor
+    first_S: Tensor | None = None
+    last: Tensor | None = None
+    carry: Tensor | None = None
     H: Tensor | None = None
     H0: Tensor | None = None
 
 
-def _first(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Column 0 and the others. Split, not sliced, for the sake of the gradient."""
-    first, rest = table.split([1, table.shape[-1] - 1], -1)
-    return first[..., 0], rest
-
-
 def _by_chunk(c: Coefficients) -> list[Coefficients]:
-    parts: list[Any] = [[None] * c.lr.shape[2] if x is None else x.unbind(2) for x in c]
+    parts: list[Any] = [[None] * c.lr.shape[2] if x is None else _cut(x) for x in c]
     return [Coefficients(*chunk) for chunk in zip(*parts, strict=True)]
 
 
@@ -645,41 +657,40 @@ def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> di
             if "forget" in rule.retention.gates:
                 keep = 1 - gate_of(chunks.gates, "forget", name)
                 keep = keep if write is None else torch.where(write, keep, 1)
-            K = products(keep)
-            K0, steps = _first(K)
+            K0, steps = products(keep)
             if write is not None:
                 steps = steps * write[..., None, :]
             step = -lr[..., None, :]
             if rule.algorithm.momentum:
                 momentum = gate_of(chunks.gates, "momentum", name)
-                H = products(momentum if write is None else torch.where(write, momentum, 1))
-                (G0, G), (H0, H) = _first(steps @ H), _first(H)
-                G = G * step
-                first = torch.stack([K0, G0], -1)
-                end = [first[..., -1, :], torch.stack([torch.zeros_like(K0[..., -1]), H0[..., -1]], -1)]
-                last = torch.stack([G[..., -1, :], H[..., -1, :] * step[..., 0, :]], -1)
-                shared[key] = Coefficients(lr, keep, K0, first, G, torch.stack(end, -2), last)
-                if watched:
-                    shared[key] = shared[key]._replace(H=H * step, H0=H0)
+                H0, H = products(momentum if write is None else torch.where(write, momentum, 1))
+                shared[key] = Coefficients(
+                    lr,
+                    keep,
+                    first=K0[..., None],
+                    table=steps @ H * step,
+                    first_S=steps @ H0[..., None],
+                    last=(H[..., -1, :] * step[..., 0, :])[..., None],
+                    carry=H0[..., -1, None, None],
+                    H=H * step if watched else None,
+                    H0=H0 if watched else None,
+                )
             else:
-                G = steps * step
-                first = K0[..., None]
-                shared[key] = Coefficients(lr, keep, K0, first, G, first[..., -1:, :], G[..., -1, :, None])
+                shared[key] = Coefficients(lr, keep, K0[..., None], steps * step)
         table[name] = shared[key]
     return table
 
 
 Factors = Callable[
-    [Rule, State, Tree, Tensor, Tensor, Tree, Tree, dict[str, Coefficients]], tuple[Tree, Tree, Tensor]
+    [Rule, State, Tensor, Tensor, Tree, Tree, dict[str, Coefficients]], tuple[Tree, Tree, Tensor]
 ]
-"""What finds the factors x_t, d_t of a chunk's gradients, and the inner loss: (rule, state, held, k, v, gates, outer,
+"""What finds the factors x_t, d_t of a chunk's gradients, and the inner loss: (rule, state, k, v, gates, outer,
 coefficients)."""
 
 
 def at_the_anchor(
     rule: Rule,
     state: State,
-    held: Tree,
     k: Tensor,
     v: Tensor,
     gates: Tree,
@@ -687,7 +698,7 @@ def at_the_anchor(
     coefs: dict[str, Coefficients],
 ) -> tuple[Tree, Tree, Tensor]:
     """Every token's gradient at the weights of the chunk's start: the chunkwise rule."""
-    kept = {n: c.K0[..., None, None] for n, c in coefs.items()} if rule.retention.decayed else None
+    kept = {n: c.first[..., None] for n, c in coefs.items()} if rule.retention.decayed else None
     return _factors(rule, state, k, v, gates, outer, kept)
 
 
@@ -739,31 +750,35 @@ def _factors(
         return x * kept[name][..., 0] if by_channel else x  # pyright: ignore[reportOptionalSubscript]
 
     weights = Weights(
-        linear=lambda n, x: keep(n, x, seen(n, x) @ anchor[n]),
+        linear=lambda n, x: keep(n, x, _product(seen(n, x), anchor[n])),
         scale=lambda n, x: keep(n, x, seen(n, x) * anchor[n].mT),
         outer={n: p[:, None] for n, p in outer.items()},
     )
     with torch.enable_grad():
         loss = rule.bias.loss(rule.memory.apply(k, weights), v, bias_gates(rule, gates))
-        ds = torch.autograd.grad(loss.sum(), list(outs.values()), create_graph=create)
+        ds = torch.autograd.grad(loss, list(outs.values()), torch.ones_like(loss), create_graph=create)
     if not create:
         xs, loss = {n: x.detach() for n, x in xs.items()}, loss.detach()
     return xs, dict(zip(outs, ds, strict=True)), loss
 
 
-def _watch(held: Tree, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
-    """|grad_t|, |S_t| and |W_t| of a chunk's tokens (B, H, n); here, and only here, per-token weights are formed."""
-    rank_one = {n: torch.einsum("bhid,bhie->bhide", x, ds[n]) for n, x in xs.items()}
+def _product(x: Tensor, W: Tensor) -> Tensor:
+    """x W, x (R, n, d_in) or (B, H, n, d_in), W (B, H, d_in, d_out); with less around it than x @ W has."""
+    return torch.bmm(x.flatten(0, -3), W.flatten(0, 1)).view(*x.shape[:-1], W.shape[-1])
+
+
+def _watch(state: State, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
+    """|grad_t|, |S_t| and |W_t| of a chunk's tokens (R, n); here, and only here, per-token weights are formed."""
+    rank_one = {n: torch.einsum("rid,rie->ride", x, ds[n]) for n, x in xs.items()}
     moved: Tree = {}
     weights: Tree = {}
     for n, c in coefs.items():
-        A, *S = release(held[n], xs[n].shape[-1] > ds[n].shape[-1], c.first.shape[-1])
-        grown = lambda first, old: first[..., None, None] * old[..., None, :, :]  # noqa: E731
-        summed = lambda table, n=n: torch.einsum("bhti,bhide->bhtde", table, rank_one[n])  # noqa: E731
-        weights[n] = grown(c.K0, A) + summed(c.table)
-        if S and c.H is not None and c.H0 is not None:
-            weights[n] = weights[n] + grown(c.first[..., 1], S[0])
-            moved[n] = grown(c.H0, S[0]) + summed(c.H)
+        grown = lambda first, old: first[..., None, None] * old.flatten(0, 1)[:, None]  # noqa: E731
+        summed = lambda table, n=n: torch.einsum("rti,ride->rtde", table, rank_one[n])  # noqa: E731
+        weights[n] = grown(c.first[..., 0], state.A[n]) + summed(c.table)
+        if c.first_S is not None and c.H is not None and c.H0 is not None:
+            weights[n] = weights[n] + grown(c.first_S[..., 0], state.S[n])
+            moved[n] = grown(c.H0, state.S[n]) + summed(c.H)
         else:
             moved[n] = rank_one[n] * c.lr[..., None, None]
     momentary = torch.stack([x.norm(dim=-1) * ds[n].norm(dim=-1) for n, x in xs.items()]).norm(dim=0)

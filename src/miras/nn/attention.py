@@ -52,9 +52,10 @@ class AttentionReader(Mixer):
         q = heads(self.q(x), self.num_heads)
         k, v = (heads(linear(context), self.num_heads) for linear in (self.k, self.v))
         state = Window(state.k.to(k.dtype), state.v.to(v.dtype), state.position, state.next, state.start)
-        persistent = None
-        if self.persistent is not None:
-            persistent = (self.persistent[0].to(q.dtype), self.persistent[1].to(q.dtype))
+        kept, persistent = self.persistent, None
+        if kept is not None:
+            keys, values = kept.to(q.dtype).unbind()
+            persistent = keys, values
         y, state = attention(
             q,
             k,

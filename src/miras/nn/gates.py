@@ -1,9 +1,11 @@
 """Gates: from a layer's input to the natural values that a rule reads."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -119,6 +121,12 @@ ALWAYS = Gate("exp2", source="fixed")
 """Exactly 1 for every token, such as the step of linear attention."""
 
 
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Where x keeps its type whatever autocast is on; nothing at all where none is."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
 class Precise(nn.Module):
     """A module whose parameters stay in fp32 when the model around it is cast to a shorter type."""
 
@@ -212,7 +220,7 @@ def gate_outputs(rule: Rule, gates: Mapping[str, Gate], d_key: int, d_value: int
         leader = gates[base].follows
         if leader is None:
             continue
-        led = [each for each in found if each.name.split(".")[0] == leader and each.gate.follows is None]
+        led = [each for each in found if _base(each.name) == leader and each.gate.follows is None]
         if not led or steps > 1:
             raise ValueError(
                 f"Gates: {base} follows {leader!r}, which must be a gate of the rule that follows none and has one "
@@ -261,6 +269,9 @@ class Gates(Precise):
             self.register_buffer(f"fixed{i}", self._first(o).clone(), persistent=False)
         self.rated = [o for o in self.made if o.gate.link == "decay"]
         self.log_rates = nn.ParameterList(torch.empty(num_heads) for _ in self.rated)
+        self.alike = _alike(self.made)
+        self.together = [group for group in self.alike if _kind(group[0]) == "head"]
+        self.sizes = [num_heads * sum(o.width for o in group) for group in self.together]
 
     def reset_parameters(self, std: float) -> None:
         """Small weights, so that x W has entries of about std * sqrt(hidden), and the biases that the gates name."""
@@ -290,40 +301,47 @@ class Gates(Precise):
         return by_head[:, None].expand(self.num_heads, o.width)
 
     def _inputs(self, x: Tensor) -> dict[str, Tensor]:
-        """x W + b of every gate that has its own, (B, H, T, width)."""
+        """x W + b of every group that has its own, by its first gate's name.
+
+        (B, H, T, width), and (G, B, H, T, width) for a group of G > 1 gates.
+        """
         B, T, H = x.shape[0], x.shape[1], self.num_heads
         raw: dict[str, Tensor] = {}
         if self.proj is not None:
-            parts = self.proj(x).split([H * o.width for o in self.by_head], -1)
-            raw |= {o.name: part for o, part in zip(self.by_head, parts, strict=True)}
-        raw |= {o.name: part(x) for o, part in zip(self.by_channel, self.channels, strict=True)}
-        raw = {name: part.unflatten(-1, (H, -1)).transpose(1, 2) for name, part in raw.items()}
-        for o, part in zip(self.constant, self.constants, strict=True):
-            raw[o.name] = part[None, :, None].expand(B, H, T, o.width)
+            for group, part in zip(self.together, self.proj(x).split(self.sizes, -1), strict=True):
+                parts = part.view(B, T, len(group), H, group[0].width).permute(2, 0, 3, 1, 4)
+                raw[group[0].name] = parts if len(group) > 1 else parts[0]
+        for i, o in enumerate(self.by_channel):
+            raw[o.name] = self.channels[i](x).view(B, T, H, o.width).transpose(1, 2)
+        for i, o in enumerate(self.constant):
+            raw[o.name] = self.constants[i][None, :, None].expand(B, H, T, o.width)
         for i, o in enumerate(self.fixed):
             raw[o.name] = getattr(self, f"fixed{i}")[None, :, None].expand(B, H, T, o.width)
         return raw
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             raw = self._inputs(x.to(self.dtype()))
-            rates = {o.name: rate for o, rate in zip(self.rated, self.log_rates, strict=True)}
+            rates = {o.name: self.log_rates[i] for i, o in enumerate(self.rated)}
             values: dict[str, Tensor] = {}
-            for name, gate, width, channels in self.made:
-                base, _, tail = name.partition(".")
-                source = name if gate.follows is None else f"{gate.follows}.{tail}" if tail else gate.follows
-                z = raw[source]
+            for group in self.alike:
+                first = name, gate, width, channels = group[0]
+                z = raw[_source(first)]
                 y = decay(z, rates[name][:, None, None]) if name in rates else LINKS[gate.link](z)
-                y = gate.scale * y
-                y = y * self.lr_factor if base == "lr" else y
+                scale = gate.scale * (self.lr_factor if _base(name) == "lr" else 1)
+                y = y if scale == 1 else y * scale
                 if channels is None:
-                    values[name] = y[..., 0] if width == 1 else y
+                    y = y[..., 0] if width == 1 else y
                 else:
-                    values[name] = y[..., None] if channels == "input" else y[..., None, :]
+                    y = y[..., None] if channels == "input" else y[..., None, :]
+                parts = y.unbind() if len(group) > 1 else [y]
+                values |= {o.name: part for o, part in zip(group, parts, strict=True)}
         return values
 
     def dtype(self) -> torch.dtype:
         """The type that gates are made in."""
+        if self.proj is not None:
+            return self.proj.weight.dtype
         found = next(self.parameters(), None)
         found = next(self.buffers()) if found is None else found
         return found.dtype
@@ -352,6 +370,28 @@ class ChannelGate(nn.Module):
 _KINDS = ("head", "channel", "constant", "fixed", "following")
 
 
+def _base(name: str) -> str:
+    """The gate that the gate of one weight is an instance of."""
+    return name.partition(".")[0]
+
+
+def _alike(made: list[Output]) -> list[list[Output]]:
+    """The outputs in their order, those together that one projection and one link make at once."""
+    followed = {o.gate.follows for o in made}
+
+    def making(o: Output) -> tuple[Any, ...]:
+        base = _base(o.name)
+        alone = _kind(o) != "head" or o.gate.link == "decay" or base in followed  # rates are each one's own
+        return base, o.gate, o.width, o.name if alone else None
+
+    return [list(group) for _, group in itertools.groupby(made, making)]
+
+
+def _source(o: Output) -> str:
+    """The output whose x W + b this one takes."""
+    return o.name if o.gate.follows is None else o.gate.follows + o.name.removeprefix(_base(o.name))
+
+
 def _kind(o: Output) -> str:
     if o.gate.follows is not None:
         return "following"
@@ -363,8 +403,7 @@ def _kind(o: Output) -> str:
 def _lr_factor(rule: Rule, outputs: list[Output], num_heads: int) -> float:
     """1 - (the largest momentum). Raises ValueError where steps could add up to more than the bound allows for."""
     most = {
-        base: [o.gate.largest(num_heads) for o in outputs if o.name.split(".")[0] == base]
-        for base in rule.gates()
+        base: [o.gate.largest(num_heads) for o in outputs if _base(o.name) == base] for base in rule.gates()
     }
     factor = 1.0
     if rule.algorithm.momentum:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from miras.core.activation import silu
 from miras.core.algorithm import GradientDescent
 from miras.core.attention import rotate
 from miras.core.memory import MLP, Matrix, Memory
@@ -15,7 +16,7 @@ from miras.core.retention import FDivergence, LqNorm, Retention, Simplex
 from miras.core.rows import Rows
 from miras.core.rule import Rule, State, formed, init_state
 from miras.core.state import Record, Tree
-from miras.nn.gates import Gate, Gates, Precise
+from miras.nn.gates import Gate, Gates, Precise, without_autocast
 from miras.nn.mixer import Mixer, Projection, heads, merge
 from miras.nn.norm import RMSNorm, unit
 from miras.ops import scan
@@ -57,7 +58,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": identity, "elu1": elu1}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "identity": identity, "elu1": elu1}
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,13 @@ class OuterParameters(Precise):
 
     def __init__(self, memory: Memory, num_heads: int, d_key: int, d_value: int) -> None:
         super().__init__()
-        for name, (width, value) in memory.outer(d_key, d_value).items():
+        made = memory.outer(d_key, d_value)
+        self.names = tuple(made)
+        for name, (width, value) in made.items():
             self.register_parameter(name, nn.Parameter(torch.full((num_heads, width), value)))
 
     def forward(self) -> dict[str, Tensor]:
-        return dict(self.named_parameters())
+        return {name: getattr(self, name) for name in self.names}
 
 
 class MemoryReader(Mixer):
@@ -205,12 +208,12 @@ class MemoryReader(Mixer):
         return MemoryState(memory, tails, position)
 
     def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
-        parts, tails = {}, {}
+        parts, tails, precise = {}, {}, self.gates.dtype()
         for name in self.paths:
             y, tails[name] = getattr(self, name)(x, state.tails[name], rows)
-            parts[name] = heads(y, self.num_heads).to(self.gates.dtype())
+            parts[name] = heads(y, self.num_heads).to(precise)
         gates, position = self.gates(x), state.position
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             q, k, v = self._inputs(parts, gates)
             if self.features.rotary:
                 at, position = places(position["next"], rows, x.shape[1])
@@ -233,7 +236,7 @@ class MemoryReader(Mixer):
     def recall(self, asked: Tensor, weights: Tree, position: Tree, rows: Rows) -> Tensor:
         """What a memory of these weights W answers to queries (B, T, H * Dk), (B, T, H * Dv); nothing is written."""
         q = heads(asked, self.num_heads).to(self.gates.dtype())
-        with torch.autocast(asked.device.type, enabled=False):
+        with without_autocast(asked):
             q = self._scaled(self._sized(q))
             if self.features.rotary:
                 q = rotate(q, places(position["next"], rows, q.shape[2])[0], self.rope_theta)

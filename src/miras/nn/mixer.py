@@ -77,15 +77,16 @@ class Projection(nn.Module):
         return like.new_zeros(rows, size - 1, self.proj.out_features)
 
     def forward(self, x: Tensor, tail: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        y = self.proj(x)
-        if self.conv is not None:
-            y, tail = conv(y, tail.to(y.dtype), self.conv.to(y.dtype), length=rows.length, reset=rows.reset)
+        y, taps = self.proj(x), self.conv
+        if taps is not None:
+            y, tail = conv(y, tail.to(y.dtype), taps.to(y.dtype), length=rows.length, reset=rows.reset)
         return self.activation(y), tail
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    B, T, width = x.shape
+    return x.view(B, T, num_heads, width // num_heads).transpose(1, 2)
 
 
 def merge(x: Tensor) -> Tensor:

@@ -11,32 +11,41 @@ class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last axis, in x's type."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = None if self.weight is None else self.weight.to(x.dtype)  # pyright: ignore[reportUnnecessaryComparison]
+        weight = self.weight
+        if weight is not None:  # pyright: ignore[reportUnnecessaryComparison]
+            weight = weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     """x / max(|x|, eps) over the last axis."""
-    return _Unit.apply(x, eps)
+    return _Unit.apply(x, eps)[0] if torch.is_grad_enabled() else x / _size(x, eps)
+
+
+def _size(x: Tensor, eps: float) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(eps)
 
 
 class _Unit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(eps)
-        y = x / size
-        ctx.save_for_backward(x, y, size)
-        ctx.eps = eps
-        return y
+    """x / size and size: as outputs, what the backward pass needs of them can be differentiated again."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        (g,) = grads
-        x, y, size = ctx.saved_tensors
-        if torch.is_grad_enabled():  # someone differentiates once more
-            with torch.enable_grad():
-                x = x.view_as(x)
-                (by_x,) = torch.autograd.grad(F.normalize(x, dim=-1, eps=ctx.eps), x, g, create_graph=True)
-            return by_x, None
-        along = (g * y).sum(-1, keepdim=True) * (size > ctx.eps)
-        return torch.addcmul(g, y, along, value=-1).div_(size), None
+    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        size = _size(x, eps)
+        y = x / size
+        ctx.save_for_backward(y, size)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        return y, size
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None]:
+        g, by_size = grads
+        y, size = ctx.saved_tensors
+        free = size > ctx.eps
+        found = None
+        if g is not None:
+            found = torch.addcmul(g, y, (g * y).sum(-1, keepdim=True) * free, value=-1) / size
+        if by_size is not None:
+            found = torch.addcmul(torch.zeros_like(y) if found is None else found, y, by_size * free)
+        return found, None

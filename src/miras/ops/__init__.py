@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
-from miras.core.rule import Rule, State
+from miras.core.rule import Masks, Rule, State
 from miras.core.scan import scan as chunkwise
 from miras.core.state import Tree
+from miras.ops.decode import decode, decodes
 from miras.ops.exact import blockwise, fits
 
 
@@ -23,10 +24,11 @@ def scan(
     outer: Tree | None = None,
 ) -> tuple[Tensor, State]:
     """Any number of tokens through a memory: arguments and numbers of `miras.recurrence`, on its fastest way."""
+    masks = Masks(valid, write, reset)
+    if decodes(rule, q, masks):
+        return decode(rule, state, q, k, v, gates, initial=initial, outer=outer)
     run = blockwise if fits(rule, gates) else chunkwise
-    return run(
-        rule, state, q, k, v, gates, valid=valid, write=write, reset=reset, initial=initial, outer=outer
-    )
+    return run(rule, state, q, k, v, gates, **masks._asdict(), initial=initial, outer=outer)
 
 
 __all__ = ["scan"]

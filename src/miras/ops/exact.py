@@ -15,7 +15,7 @@ from torch import Tensor
 
 from miras.core.algorithm import Algorithm, GradientDescent
 from miras.core.bias import L2, Dot
-from miras.core.dual import accumulate, products, release
+from miras.core.dual import accumulate, products
 from miras.core.memory import Matrix
 from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Keep
@@ -99,7 +99,6 @@ def _solved(
     decayed: bool,
     rule: Rule,
     state: State,
-    held: Tree,
     k: Tensor,
     v: Tensor,
     gates: Tree,
@@ -108,14 +107,13 @@ def _solved(
 ) -> tuple[Tree, Tree, Tensor]:
     """Every token's gradient at the weights that the token before it left: (x, d) of a block, and the inner loss."""
     c = coefs["w"]
-    parts = release(held["w"], k.shape[-1] > v.shape[-1], c.first.shape[-1])
-    before = torch.zeros_like(c.first[..., :1, :])
-    before[..., 0] = 1
-    first = torch.cat([before, c.first[..., :-1, :]], -2)
-    table = torch.cat([torch.zeros_like(c.table[..., :1, :]), c.table[..., :-1, :]], -2) * (k @ k.mT)
+    late = lambda x, first: F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)  # noqa: E731
+    table = late(c.table, 0) * (k @ k.mT)
+    pred = late(c.first, 1) * (k @ state.A["w"].flatten(0, 1))
+    if c.first_S is not None:
+        pred = pred + late(c.first_S, 0) * (k @ state.S["w"].flatten(0, 1))
     if decayed:
-        first, table = first * c.keep[..., None], table * c.keep[..., None]
-    pred = torch.stack([share * (k @ W) for share, W in zip(first.split(1, -1), parts, strict=True)]).sum(0)
+        pred, table = pred * c.keep[..., None], table * c.keep[..., None]
     if isinstance(rule.bias, L2):
         d = torch.linalg.solve_triangular(-table, pred - v, upper=False, unitriangular=True)
         pred = d + v
@@ -143,9 +141,9 @@ def _all_blocks(
     if by_channel:
         y, before, after = _met_by_channel(q, k, written, keep[..., 0])
     else:
-        table = products(keep)
-        before, after = table[..., :1], table[..., -1, 1:, None]
-        y = ((q @ k.mT) * table[..., 1:]) @ written
+        before, table = products(keep)
+        before, after = before[..., None], table[..., -1, :, None]
+        y = ((q @ k.mT) * table) @ written
     grown = (k * after).mT @ written  # (B, H, N, Dk, Dv), what each block adds
     share = before[..., -1, :, None]  # (B, H, N, 1 or Dk, 1), what it keeps
     starts = _states(state, fresh, chunks, share, grown)

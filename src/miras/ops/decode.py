@@ -1,0 +1,189 @@
+"""One token of every row through a memory where no gradient is recorded: decoding.
+
+A weight's gradient is x d^T, and for a matrix and an MLP both factors have closed forms. So no graph is recorded, no
+table of a chunk is made, and of the weights only what the token changes is written.
+
+Shapes: N = B H memories side by side, n weights of each, C the chunk.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miras.core.bias import L2, Dot
+from miras.core.memory import MLP, Matrix
+from miras.core.observe import observing
+from miras.core.rule import (
+    Masks,
+    Rule,
+    State,
+    bias_gates,
+    check,
+    close_chunk,
+    gate_of,
+    link,
+    per_head,
+)
+from miras.core.state import Tree, choose, ordinary
+
+Backward = Callable[[Tensor], tuple[Tree, Tree]]
+"""From d loss / d output (N, 1, Dv) to x (N, 1, d_in) and d (N, 1, d_out) of every weight."""
+
+
+def decodes(rule: Rule, q: Tensor, masks: Masks) -> bool:
+    """Whether these tokens have a form for one token at a time."""
+    return (
+        q.dim() == 4
+        and q.shape[2] == 1
+        and not torch.is_grad_enabled()
+        and type(rule.memory) in _APPLY
+        and rule.algorithm.steps == 1
+        and rule.retention.linear
+        and all(mask is None for mask in masks)
+        and observing() is None
+    )
+
+
+@ordinary
+def decode(
+    rule: Rule,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    *,
+    initial: Tree | None = None,
+    outer: Tree | None = None,
+) -> tuple[Tensor, State]:
+    """`recurrence` for one token without masks, of what `decodes` accepts: the same arguments, the same numbers."""
+    check(rule, state, q, k, v, gates, Masks(), initial, outer)
+    apply = _APPLY[type(rule.memory)]
+    apart = {n: p[:, None].repeat(len(q), 1, 1) for n, p in (outer or {}).items()}
+    forgets = "forget" in rule.retention.gates
+    keep = {n: 1 - _beside(gate_of(gates, "forget", n)) for n in state.A} if forgets else {}
+
+    anchor, retained = _flat(state.anchor), _flat(state.retained)
+    if rule.retention.decayed:
+        retained = {n: r * keep[n] for n, r in retained.items()}
+        anchor = {n: w * (retained or keep)[n] for n, w in anchor.items()}
+    pred, backward = apply(rule.memory, anchor, apart, k.flatten(0, 1))
+    xs, ds = backward(_slope(rule, pred, v.flatten(0, 1), gates))
+
+    sizes = {n: rule.algorithm.step_size(gate_of(gates, "lr", n), k) for n in state.A}
+    bounds = _bounds(rule, state, k)
+    A, S, surprise = _flat(state.A), {}, _flat(state.S)
+    for n in state.A:
+        x = xs[n].mT
+        step = _beside(sizes[n]) * bounds[n] if bounds else _beside(sizes[n])
+        if rule.algorithm.momentum:
+            moved = _beside(gate_of(gates, "momentum", n)) * surprise[n]
+            S[n] = moved.addcmul_(x * step, ds[n], value=-1)
+        else:
+            moved = x * step * -ds[n]
+        moved = rule.algorithm.direction(moved)
+        A[n] = torch.addcmul(moved, keep[n], A[n]) if forgets else A[n] + moved
+    y, _ = apply(rule.memory, link(rule, A), apart, q.flatten(0, 1))
+
+    back = lambda tree: {n: x.view(state.A[n].shape) for n, x in tree.items()}  # noqa: E731
+    last = [phase + 1 == rule.chunk_size for phase in state.phase.tolist()]
+    after = State(
+        A=back(A),
+        S=back(S),
+        anchor=state.anchor,
+        phase=state.phase + 1,
+        retained=back(retained),
+        recent=state.recent if all(last) else _met(state, k, sizes),
+    )
+    if all(last):
+        after = close_chunk(rule, after)
+    elif any(last):
+        after = choose(after.phase == rule.chunk_size, close_chunk(rule, after), after)
+    return y.view(v.shape), after
+
+
+def _flat(tree: Tree) -> Tree:
+    """(B, H, ...) as (N, ...)."""
+    return {n: x.flatten(0, 1) for n, x in tree.items()}
+
+
+def _beside(gate: Tensor) -> Tensor:
+    """One token's gate (B, H, 1) or (B, H, 1, d_in or 1, d_out or 1) beside a weight: (N, d_in or 1, d_out or 1)."""
+    return gate.flatten(0, 2) if gate.dim() == 5 else gate.reshape(-1, 1, 1)
+
+
+def _slope(rule: Rule, pred: Tensor, v: Tensor, gates: Tree) -> Tensor:
+    """The derivative of the inner loss by the prediction, (N, 1, Dv)."""
+    if type(rule.bias) is L2:
+        return pred - v
+    if type(rule.bias) is Dot:
+        return -v
+    with torch.enable_grad():
+        pred = pred.detach().requires_grad_()
+        loss = rule.bias.loss(pred, v, _flat(bias_gates(rule, gates)))
+        return torch.autograd.grad(loss.sum(), pred)[0]
+
+
+def _matrix(memory: Matrix, W: Tree, outer: Tree, x: Tensor) -> tuple[Tensor, Backward]:
+    """x (N, 1, Dk) through a matrix, and the way back."""
+    return torch.bmm(x, W["w"]), lambda slope: ({"w": x}, {"w": slope})
+
+
+def _mlp(memory: MLP, W: Tree, outer: Tree, x: Tensor) -> tuple[Tensor, Backward]:
+    """x (N, 1, Dk) through an MLP, and the way back."""
+    ins: list[Tensor] = []
+    outs: list[Tensor] = []
+    y = x
+    for i in range(1, memory.depth + 1):
+        ins.append(F.gelu(y) if i > 1 else y)
+        y = torch.bmm(ins[-1], W[f"w{i}"])
+        y = y + W[f"b{i}"] if memory.bias else y
+        outs.append(y)
+    normed = scale = y
+    if memory.norm:
+        y, _, scale = torch.native_layer_norm(y, y.shape[-1:], None, None, 1e-5)
+        normed = y
+    if memory.affine:
+        y = y * outer["gain"] + outer["shift"]
+
+    def backward(slope: Tensor) -> tuple[Tree, Tree]:
+        d = slope * outer["gain"] if memory.affine else slope
+        if memory.norm:
+            mean, along = d.mean(-1, keepdim=True), (d * normed).mean(-1, keepdim=True)
+            d = torch.addcmul(d - mean, normed, along, value=-1).mul_(scale)
+        xs: Tree = {}
+        ds: Tree = {}
+        for i in range(memory.depth, 0, -1):
+            xs[f"w{i}"], ds[f"w{i}"] = ins[i - 1], d
+            if memory.bias:
+                xs[f"b{i}"], ds[f"b{i}"] = torch.ones_like(d[..., :1]), d
+            if i > 1:
+                d = torch.ops.aten.gelu_backward.default(torch.bmm(d, W[f"w{i}"].mT), outs[i - 2])
+        return xs, ds
+
+    return x + y if memory.residual else y, backward
+
+
+_APPLY: dict[type, Callable[..., tuple[Tensor, Backward]]] = {Matrix: _matrix, MLP: _mlp}
+
+
+def _bounds(rule: Rule, state: State, k: Tensor) -> Tree:
+    """`bound_factors` of the token beside each weight, (N, 1, 1); empty without the step bound."""
+    if not state.recent:
+        return {}
+    met = torch.bmm(k.flatten(0, 1), state.recent["key"].flatten(0, 1).mT).abs_()
+    steps = torch.stack([state.recent[n] for n in state.A], 2).flatten(0, 1)  # (N, n, C)
+    factors = torch.rsub(steps * met, 1, alpha=rule.algorithm.step_bound).clamp_min_(0).prod(-1)
+    return dict(zip(state.A, factors[..., None, None].unbind(1), strict=True))
+
+
+def _met(state: State, k: Tensor, sizes: Tree) -> Tree:
+    """`recent` with the token's key and steps at its place in the chunk."""
+    if not state.recent:
+        return {}
+    B, H, _, width = k.shape
+    place = state.phase.view(B, 1, 1).expand(B, H, 1)
+    key = state.recent["key"].scatter(2, place[..., None].expand(B, H, 1, width), k)
+    return {"key": key} | {n: state.recent[n].scatter(2, place, per_head(x)) for n, x in sizes.items()}
