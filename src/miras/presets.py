@@ -279,9 +279,7 @@ def attention_twin(config: ModelConfig) -> ModelConfig:
     """
     pattern = tuple("attention" for _ in config.pattern)
     window = config.segment_size if "mac" in config.pattern else config.window_size
-    base = dataclasses.replace(
-        config, pattern=pattern, window_size=window, intermediate_size=config.inner()
-    )
+    base = dataclasses.replace(config, pattern=pattern, window_size=window, intermediate_size=config.inner())
     per_unit = 3 * config.hidden_size * config.num_hidden_layers
     extra = round((_size(config) - _size(base)) / per_unit / 2) * 2
     return dataclasses.replace(base, intermediate_size=max(2, config.inner() + extra))
