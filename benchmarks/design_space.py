@@ -11,9 +11,9 @@ bisects at every token, hours for a run; Simplex is its case of KL.
     python benchmarks/design_space.py --no-loops                         # without retentions that run token by token
     python benchmarks/design_space.py --only-table --markdown table.md   # what is there, as a table
 
-Resumable: a finished run is one line of `runs.jsonl` and is not run again at the same settings. Processes that are
-given different cells may share the file. A combination without meaning is refused, a run that meets a number which
-is none has diverged: both are results. Any other error is shown and not kept.
+Resumable: a finished run is one line of --runs and is not run again at the same settings; those that are known come
+with the repository. Processes that are given different cells may share the file. A combination without meaning is
+refused, a run that meets a number which is none has diverged: both are results. Any other error is shown and not kept.
 """
 
 import argparse
@@ -258,14 +258,18 @@ def main() -> None:
         "--chunk-size", type=int, default=8, help="the pairs fill one chunk, the questions meet what it left"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/design_space"))
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("benchmarks/results/design_space.jsonl"),
+        help="where finished runs are kept",
+    )
     parser.add_argument("--markdown", type=Path, help="write the table there")
     parser.add_argument("--only-table", action="store_true", help="train nothing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     retentions = [n for n in options.retention if RETENTIONS[n].linear or not options.no_loops]
-    file = options.out / "runs.jsonl"
     cells: dict[Cell, dict[str, Any]] = {}
     for retention in retentions:
         for bias in options.bias:
@@ -273,7 +277,7 @@ def main() -> None:
                 cell = Cell(
                     bias, retention, lr, options.seed, options.steps, options.batch_size, options.chunk_size
                 )
-                cells[cell] = visit(cell, file, options.only_table)
+                cells[cell] = visit(cell, options.runs, options.only_table)
     text = table(options.bias, retentions, cells)
     print(text)
     if options.markdown is not None:
