@@ -13,7 +13,7 @@ bisects at every token, hours for a run; Simplex is its case of KL.
 
 Resumable: a finished run is one line of --runs and is not run again at the same settings; those that are known come
 with the repository. Processes that are given different cells may share the file. A combination without meaning is
-refused, a run that meets a number which is none has diverged: both are results. Any other error is shown and not kept.
+refused, a run that meets a number which is none has diverged: both are results. Other errors are shown, not kept.
 """
 
 import argparse
