@@ -49,10 +49,10 @@ class _GeluBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         (h,) = grads
         g, x, slope = ctx.saved_tensors
-        bell = torch.addcmul(x.new_tensor(-0.5 * math.log(2 * math.pi)), x, x, value=-0.5).exp()
-        bend = torch.addcmul(x.new_tensor(2.0), x, x, value=-1) * bell
+        bell = torch.addcmul(x.new_tensor(-0.5 * math.log(2 * math.pi)), x, x, value=-0.5).exp_()
+        bend = torch.addcmul(x.new_tensor(2.0), x, x, value=-1).mul_(bell)
         by_g = _GeluBackward.apply(h, x, slope) if torch.is_grad_enabled() else h * slope
-        return by_g, bend * g * h, None
+        return by_g, bend.mul_(g).mul_(h), None
 
 
 def silu(x: Tensor) -> Tensor:
