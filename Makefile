@@ -1,7 +1,7 @@
 # Two commands are the whole story: `make demo` and `make test`. Both make the environment when it is missing or stale.
 
 PYTHON ?= $(shell for p in python3.11 python3; do "$$p" -c "" >/dev/null 2>&1 && { echo "$$p"; break; }; done)
-PYTEST_ARGS ?= -n auto --maxprocesses 4
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
