@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -154,11 +154,21 @@ class OuterParameters(Precise):
         return {name: getattr(self, name) for name in self.names}
 
 
+class MemoryOptions(TypedDict, total=False):
+    """What every layer with a memory lets its user choose of the memory's reader, beside rule and widths."""
+
+    gates: Mapping[str, Gate] | None
+    conv_size: int
+    initial_scale: float
+    features: Features
+
+
 class MemoryReader(Mixer):
     """From x (B, T, hidden) to what the memory answers, (B, T, H * Dv): papers 1.4 up to the read.
 
     q, k: linear, convolution, SiLU, l2 norm; v: linear, convolution, SiLU, unless `features` say otherwise; gates:
     linear and link. With several steps per token k and v have that many parts. The scan runs in fp32 whatever x is.
+    Arguments as those of `MemoryLayer`.
     """
 
     def __init__(
@@ -166,15 +176,17 @@ class MemoryReader(Mixer):
         hidden_size: int,
         num_heads: int,
         rule: Rule,
-        gates: Mapping[str, Gate],
+        *,
+        gates: Mapping[str, Gate] | None = None,
         head_dim: int,
         value_dim: int,
-        conv_size: int,
-        initial_scale: float,
+        conv_size: int = 4,
+        initial_scale: float = 1.0,
         features: Features = TITANS_FEATURES,
         rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
+        gates = DEFAULT_GATES | dict(gates or {})
         if reason := features.refusal(rule, gates, head_dim):
             raise ValueError(f"MemoryReader: {features} has no meaning here: {reason}")
         held = value_dim + features.normalizer
@@ -314,13 +326,13 @@ class MemoryLayer(Mixer):
             hidden_size,
             num_heads,
             rule,
-            DEFAULT_GATES | dict(gates or {}),
-            head_dim,
-            value_dim,
-            conv_size,
-            initial_scale,
-            features,
-            rope_theta,
+            gates=gates,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            conv_size=conv_size,
+            initial_scale=initial_scale,
+            features=features,
+            rope_theta=rope_theta,
         )
         self.norm = RMSNorm(value_dim, eps=norm_eps)
         self.gate = nn.Linear(hidden_size, num_heads * value_dim, bias=False)

@@ -1,7 +1,7 @@
 """Titans' ways to wire a memory to attention: as context, as gate, as layer (Titans 4, eq. 21 to 31)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,7 @@ from miras.core.rule import Rule, link
 from miras.core.state import Record, Tree, choose
 from miras.nn.attention import AttentionLayer, AttentionReader
 from miras.nn.config import segment_refusal
-from miras.nn.gates import Gate
-from miras.nn.memory import (
-    DEFAULT_GATES,
-    TITANS_FEATURES,
-    Features,
-    MemoryLayer,
-    MemoryReader,
-    MemoryState,
-)
+from miras.nn.memory import MemoryLayer, MemoryOptions, MemoryReader, MemoryState
 from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
 
@@ -48,16 +40,13 @@ class MemoryAsGate(Mixer):
         num_heads: int,
         rule: Rule,
         *,
-        gates: Mapping[str, Gate] | None = None,
         head_dim: int | None = None,
         window_size: int | None = None,
         num_persistent: int = 0,
-        conv_size: int = 4,
-        initial_scale: float = 1.0,
-        features: Features = TITANS_FEATURES,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
         gate: str = "silu",
+        **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
@@ -69,13 +58,10 @@ class MemoryAsGate(Mixer):
             hidden_size,
             num_heads,
             rule,
-            DEFAULT_GATES | dict(gates or {}),
-            head_dim,
-            head_dim,
-            conv_size,
-            initial_scale,
-            features,
-            rope_theta,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            rope_theta=rope_theta,
+            **memory,
         )
         self.norm_a = RMSNorm(width, eps=norm_eps)
         self.norm_b = RMSNorm(width, eps=norm_eps)
@@ -104,28 +90,22 @@ class MemoryAsLayer(Mixer):
         num_heads: int,
         rule: Rule,
         *,
-        gates: Mapping[str, Gate] | None = None,
         head_dim: int | None = None,
         window_size: int | None = None,
         num_persistent: int = 0,
-        conv_size: int = 4,
-        initial_scale: float = 1.0,
-        features: Features = TITANS_FEATURES,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
+        **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
         self.memory = MemoryLayer(
             hidden_size,
             num_heads,
             rule,
-            gates=gates,
             head_dim=head_dim,
-            conv_size=conv_size,
-            initial_scale=initial_scale,
-            features=features,
             rope_theta=rope_theta,
             norm_eps=norm_eps,
+            **memory,
         )
         self.norm = RMSNorm(hidden_size, eps=norm_eps)
         self.attention = AttentionLayer(
@@ -184,15 +164,12 @@ class MemoryAsContext(Mixer):
         rule: Rule,
         *,
         segment_size: int,
-        gates: Mapping[str, Gate] | None = None,
         head_dim: int | None = None,
         num_persistent: int = 0,
         pool: int = 1,
-        conv_size: int = 4,
-        initial_scale: float = 1.0,
-        features: Features = TITANS_FEATURES,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
+        **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
         if reason := segment_refusal(segment_size, rule.chunk_size, pool):
@@ -207,13 +184,10 @@ class MemoryAsContext(Mixer):
             hidden_size,
             num_heads,
             rule,
-            DEFAULT_GATES | dict(gates or {}),
-            head_dim,
-            head_dim,
-            conv_size,
-            initial_scale,
-            features,
-            rope_theta,
+            head_dim=head_dim,
+            value_dim=head_dim,
+            rope_theta=rope_theta,
+            **memory,
         )
         self.read = nn.Linear(width, hidden_size, bias=False)
         self.attended = nn.Linear(width, hidden_size, bias=False)
