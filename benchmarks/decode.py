@@ -7,7 +7,9 @@ Batch 1, width 256, 4 layers, 4 heads of 64, a two-layer memory with expansion 4
 segments (MAG: a window) of 128, 4 persistent tokens, fp32, random weights. titans-pytorch also has 16 long-term
 tokens for each segment, which cost it a step each; its memory is read and written in every layer, as ours is. The
 models take turns, a segment of 128 tokens each, and a token's time is the median over the turns of their mean: what
-happens once in a segment is in it. State counts the storage that what is handed on keeps alive.
+happens once in a segment is in it. Ours run as they are and as `miras.Compiled`, which needs a C++ compiler; the
+first turn warms up, compiling included, and does not count. State counts the storage that what is handed on keeps
+alive.
 """
 
 import argparse
@@ -34,17 +36,19 @@ SIZES: dict[str, Any] = {
 
 
 class Ours:
-    """A preset of the sizes above."""
+    """A preset of the sizes above, its single tokens as one compiled graph or not."""
 
-    def __init__(self, name: str, **sizes: Any) -> None:
-        self.name, self.model = name, miras.LM(miras.preset(name, **SIZES, **sizes)).eval()
+    def __init__(self, name: str, compiled: bool, **sizes: Any) -> None:
+        self.name = name + (", compiled" if compiled else "")
+        self.model = miras.LM(miras.preset(name, **SIZES, **sizes)).eval()
+        self.call = miras.Compiled(self.model) if compiled else self.model
         self.state: Any = None
 
     def read(self, prompt: Tensor, more: int) -> None:
         _, self.state = self.model(prompt)
 
     def step(self, token: Tensor) -> None:
-        _, self.state = self.model(token, self.state)
+        _, self.state = self.call(token, self.state)
 
 
 class Theirs:
@@ -136,7 +140,7 @@ def run(models: list[Any], prompt: Tensor, turns: int) -> None:
         wall, cpu = (1e3 * median(column) / SEGMENT for column in zip(*times[each.name], strict=True))
         size = sum(p.numel() for p in each.model.parameters()) / 1e6
         print(
-            f"{each.name:16} {size:5.1f} M {prompt.shape[1]:6} {prompt.shape[1] / read[each.name]:9,.0f} "
+            f"{each.name:20} {size:5.1f} M {prompt.shape[1]:6} {prompt.shape[1] / read[each.name]:9,.0f} "
             f"{after[each.name] / 1e6:10.1f} {kept(each.state) / 1e6:9.1f} {wall:9.2f} {cpu:9.2f}"
         )
 
@@ -148,18 +152,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    models = [
-        Ours("titans-mac", segment_size=SEGMENT),
-        Ours("titans-mag", window_size=SEGMENT),
-        Theirs(),
-    ]
+    models: list[Any] = [Theirs()]
+    for compiled in (False, True)[: 1 + options.compile]:
+        models.append(Ours("titans-mac", compiled, segment_size=SEGMENT))
+        models.append(Ours("titans-mag", compiled, window_size=SEGMENT))
     print(f"torch {torch.__version__}, {options.threads} threads, median of {options.turns} turns")
     print(
-        f"{'':16} {'size':>7} {'prompt':>6} {'tokens/s':>9} {'MB after':>10} {'MB later':>9} {'ms/token':>9} "
+        f"{'':20} {'size':>7} {'prompt':>6} {'tokens/s':>9} {'MB after':>10} {'MB later':>9} {'ms/token':>9} "
         f"{'CPU ms':>9}"
     )
     for length in options.prompts:

@@ -30,6 +30,7 @@ _HOMES = {
     "miras.nn.titans": ("MemoryAsContext", "MemoryAsGate", "MemoryAsLayer"),
     "miras.nn.config": ("ModelConfig",),
     "miras.nn.lm": ("LM", "LMState"),
+    "miras.nn.compiled": ("Compiled",),
     "miras.presets": ("preset", "presets"),
     "miras.hf": (
         "MirasConfig",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from miras.hf import MirasForSequenceClassification as MirasForSequenceClassification
     from miras.hf import MirasModel as MirasModel
     from miras.nn.attention import AttentionLayer as AttentionLayer
+    from miras.nn.compiled import Compiled as Compiled
     from miras.nn.config import ModelConfig as ModelConfig
     from miras.nn.gates import Gate as Gate
     from miras.nn.lm import LM as LM

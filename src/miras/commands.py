@@ -166,6 +166,7 @@ def generate(options: GenerateOptions) -> int:
             top_p=options.top_p,
             seed=options.seed,
             state=state,
+            compiled=options.compile,
         )
         for token in made:
             say(spelling.push(np.array([token])))

@@ -96,6 +96,8 @@ class GenerateOptions:
     top_p: float = 1.0
     """Sample from the smallest set of tokens that has this much of the probability."""
     seed: int = 0
+    compile: bool = False
+    """Compile the reading of single tokens first (takes a while, and a C++ compiler), for long continuations."""
     threads: int = 0
     """Torch threads; 0 leaves torch's choice."""
     trust_remote_code: bool = False

@@ -46,7 +46,8 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
 
     Angles are formed in fp64: in fp32 they are 0.25 rad wrong at position 10,000,000.
     """
-    rate = _rates(x.shape[-1] // 2, theta, x.device)
+    rates = _rates.__wrapped__ if torch.compiler.is_compiling() else _rates  # a graph remembers nothing
+    rate = rates(x.shape[-1] // 2, theta, x.device)
     angle = position[:, None, :, None] * rate
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, -1)

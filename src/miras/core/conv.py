@@ -42,7 +42,8 @@ def conv(
             tap = stream[:, K - 1 - back : K - 1 - back + T] * (before == document)[..., None]
             y = y + tap * weight[:, K - 1 - back]
     if length is None and reset is None:
-        return y, stream[:, T:].clone()  # a view would keep the whole stream
+        # A view would keep the whole stream.
+        return y, stream[:, T:].clone(memory_format=torch.contiguous_format)
     length = torch.full((B,), T, device=x.device) if length is None else length
     last = length[:, None] + torch.arange(K - 1, device=x.device)  # places of the tail in `stream`
     tail = stream.gather(1, last[..., None].expand(-1, -1, x.shape[-1]))

@@ -57,6 +57,8 @@ def observe(active: bool = True) -> Generator[Observation, None, None]:
 
 def layer(name: str) -> AbstractContextManager[None]:
     """Name the layer whose memory runs inside the block."""
+    if torch.compiler.is_compiling():  # a compiled token is not watched
+        return nullcontext()
     seen = _open.get()
     return nullcontext() if seen is None else _named(seen, name)
 

@@ -15,13 +15,15 @@ class Rows:
     """Masks of a batch whose rows are filled from the front.
 
     length (B,) tokens of each row, None for all; write, reset (B, T) bool in that order, None for all and none;
-    order (B, T) int64 where the tokens were before, None if nothing moved.
+    order (B, T) int64 where the tokens were before, None if nothing moved. inside: the call is one token of every
+    row, without masks, that begins no segment and ends no chunk, so that nobody need ask where the rows stand.
     """
 
     length: Tensor | None = None
     write: Tensor | None = None
     reset: Tensor | None = None
     order: Tensor | None = None
+    inside: bool = False
 
     def valid(self, T: int) -> Tensor | None:
         """The tokens that exist, (B, T) bool, or None for all."""

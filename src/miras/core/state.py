@@ -105,7 +105,7 @@ def ordinary(fn: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
             return fn(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             copy: Any = lambda x: _map(x, lambda _, t: t.clone() if t.is_inference() else t)  # noqa: E731

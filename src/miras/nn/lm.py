@@ -132,7 +132,19 @@ class Reader(nn.Module):
                 f"LM: the state has {state.tokens.shape[0]} rows and {len(state.layers)} layers, the tokens "
                 f"{tokens.shape[0]} rows and the model {len(self.layers)} layers"
             )
-        rows = pack((tokens.shape[0], tokens.shape[1]), valid, write, reset)
+        return self._through(tokens, state, pack((tokens.shape[0], tokens.shape[1]), valid, write, reset))
+
+    def step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """`read` for tokens (B, 1) where `inside(state)`: it looks at no number to decide what to do."""
+        return self._through(tokens, state, Rows(inside=True))
+
+    def inside(self, state: LMState) -> bool:
+        """Whether the next token of every row begins no segment and ends no chunk in any layer."""
+        blocks = zip(self.layers, state.layers, strict=True)
+        return all(block.mixer.inside(part) for block, part in blocks)  # pyright: ignore
+
+    def _through(self, tokens: Tensor, state: LMState, rows: Rows) -> tuple[Tensor, LMState]:
+        embedded = tokens.dim() == 3
         x = rows.gather(tokens)
         x = x if embedded else self.embed_tokens(x)
         layers: list[Any] = []
@@ -207,6 +219,11 @@ class LM(nn.Module):
     ) -> tuple[Tensor, LMState]:
         """Like a call, but gives the normed hidden states (B, T, hidden) in place of the logits."""
         return self.model(tokens, state, valid=valid, write=write, reset=reset)
+
+    def step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """A call for one token of each row, (B, 1), where `model.inside(state)`: what `compiled` compiles."""
+        x, state = self.model.step(tokens, state)
+        return self.lm_head(x), state
 
     def num_parameters(self) -> int:
         """Number of learned parameters; a tied head counts once."""

@@ -19,7 +19,7 @@ from miras.core.state import Record, Tree
 from miras.nn.gates import Gate, Gates, Precise, without_autocast
 from miras.nn.mixer import Mixer, Projection, heads, merge
 from miras.nn.norm import RMSNorm, unit
-from miras.ops import scan
+from miras.ops import compiles, decode, scan
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,10 @@ class MemoryReader(Mixer):
         position = {"next": torch.zeros_like(memory.phase)} if self.features.rotary else {}
         return MemoryState(memory, tails, position)
 
+    def inside(self, state: MemoryState) -> bool:
+        size = self.rule.chunk_size
+        return compiles(self.rule) and (size == 1 or max(state.memory.phase.tolist()) + 1 < size)
+
     def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
         parts, tails, precise = {}, {}, self.gates.dtype()
         for name in self.paths:
@@ -230,19 +234,22 @@ class MemoryReader(Mixer):
             if self.features.rotary:
                 at, position = places(position["next"], rows, x.shape[1])
                 q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
-            y, memory = scan(
-                self.rule,
-                state.memory,
-                q,
-                k,
-                v,
-                gates,
-                valid=rows.valid(x.shape[1]),
-                write=rows.write,
-                reset=rows.reset,
-                initial=None if rows.reset is None else self.A0(x.shape[0]),
-                outer=self.outer(),
-            )
+            if rows.inside:
+                y, memory = decode(self.rule, state.memory, q, k, v, gates, outer=self.outer(), inside=True)
+            else:
+                y, memory = scan(
+                    self.rule,
+                    state.memory,
+                    q,
+                    k,
+                    v,
+                    gates,
+                    valid=rows.valid(x.shape[1]),
+                    write=rows.write,
+                    reset=rows.reset,
+                    initial=None if rows.reset is None else self.A0(x.shape[0]),
+                    outer=self.outer(),
+                )
         return merge(self._answer(y)).to(x.dtype), MemoryState(memory, tails, position)
 
     def recall(self, asked: Tensor, weights: Tree, position: Tree, rows: Rows) -> Tensor:
@@ -342,6 +349,9 @@ class MemoryLayer(Mixer):
 
     def initial(self, rows: int, like: Tensor) -> MemoryState:
         return self.reader.initial(rows, like)
+
+    def inside(self, state: MemoryState) -> bool:
+        return self.reader.inside(state)
 
     def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
         read, state = self.reader.mix(x, state, rows)

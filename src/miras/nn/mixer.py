@@ -25,6 +25,10 @@ class Mixer(nn.Module, ABC):
     def mix(self, x: Tensor, state: Any, rows: Rows) -> tuple[Tensor, Any]:
         """x (B, T, hidden) with its rows filled from the front -> (y, state)."""
 
+    def inside(self, state: Any) -> bool:
+        """Whether one more token of every row begins no segment and ends no chunk, and could be compiled."""
+        return True
+
     def forward(
         self,
         x: Tensor,

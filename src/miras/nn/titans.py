@@ -72,6 +72,9 @@ class MemoryAsGate(Mixer):
     def initial(self, rows: int, like: Tensor) -> WiredState:
         return WiredState(self.attention.initial(rows, like), self.memory.initial(rows, like))
 
+    def inside(self, state: WiredState) -> bool:
+        return self.memory.inside(state.memory)
+
     def mix(self, x: Tensor, state: WiredState, rows: Rows) -> tuple[Tensor, WiredState]:
         y, window = self.attention.mix(x, state.attention, rows)
         m, memory = self.memory.mix(x, state.memory, rows)
@@ -119,6 +122,9 @@ class MemoryAsLayer(Mixer):
 
     def initial(self, rows: int, like: Tensor) -> WiredState:
         return WiredState(self.attention.initial(rows, like), self.memory.initial(rows, like))
+
+    def inside(self, state: WiredState) -> bool:
+        return self.memory.inside(state.memory)
 
     def mix(self, x: Tensor, state: WiredState, rows: Rows) -> tuple[Tensor, WiredState]:
         m, memory = self.memory.mix(x, state.memory, rows)
@@ -204,7 +210,12 @@ class MemoryAsContext(Mixer):
             tails["pooled"] = like.new_zeros(rows, self.pool - 1, self.memory.q.proj.out_features)
         return ContextState(self.attention.initial(rows, like), memory, memory.memory.anchor, tails)
 
+    def inside(self, state: ContextState) -> bool:
+        return self.memory.inside(state.memory) and 0 not in self._phase(state).tolist()
+
     def mix(self, x: Tensor, state: ContextState, rows: Rows) -> tuple[Tensor, ContextState]:
+        if rows.inside:
+            return self._within(x, state, Part(rows, None, False, slice(0, 1)))
         phase = self._phase(state)
         parts = segments(rows, phase, x.shape[1], self.segment_size)
         if not parts:

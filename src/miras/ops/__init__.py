@@ -5,7 +5,7 @@ from torch import Tensor
 from miras.core.rule import Masks, Rule, State
 from miras.core.scan import scan as chunkwise
 from miras.core.state import Tree
-from miras.ops.decode import decode, decodes
+from miras.ops.decode import compiles, decode, decodes
 from miras.ops.exact import blockwise, fits
 
 
@@ -31,4 +31,4 @@ def scan(
     return run(rule, state, q, k, v, gates, **masks._asdict(), initial=initial, outer=outer)
 
 
-__all__ = ["scan"]
+__all__ = ["compiles", "decode", "scan"]

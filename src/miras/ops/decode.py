@@ -7,11 +7,13 @@ Shapes: N = B H memories side by side, n weights of each, C the chunk.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miras.core.activation import gelu_backward
 from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix
 from miras.core.observe import observing
@@ -46,6 +48,16 @@ def decodes(rule: Rule, q: Tensor, masks: Masks) -> bool:
     )
 
 
+def compiles(rule: Rule) -> bool:
+    """Whether `decode` with `inside` is plain operations on tensors for this rule, which can be compiled as one."""
+    return (
+        type(rule.memory) in _APPLY
+        and type(rule.bias) in (L2, Dot)
+        and rule.algorithm.steps == 1
+        and rule.retention.linear
+    )
+
+
 @ordinary
 def decode(
     rule: Rule,
@@ -57,9 +69,14 @@ def decode(
     *,
     initial: Tree | None = None,
     outer: Tree | None = None,
+    inside: bool = False,
 ) -> tuple[Tensor, State]:
-    """`recurrence` for one token without masks, of what `decodes` accepts: the same arguments, the same numbers."""
-    check(rule, state, q, k, v, gates, Masks(), initial, outer)
+    """`recurrence` for one token without masks, of what `decodes` accepts: the same arguments, the same numbers.
+
+    `inside` says that they fit together and that the token ends no chunk of several tokens: nothing is asked.
+    """
+    if not inside:
+        check(rule, state, q, k, v, gates, Masks(), initial, outer)
     apply = _APPLY[type(rule.memory)]
     apart = {n: p[:, None].repeat(len(q), 1, 1) for n, p in (outer or {}).items()}
     forgets = "forget" in rule.retention.gates
@@ -88,7 +105,10 @@ def decode(
     y, _ = apply(rule.memory, link(rule, A), apart, q.flatten(0, 1))
 
     back = lambda tree: {n: x.view(state.A[n].shape) for n, x in tree.items()}  # noqa: E731
-    last = [phase + 1 == rule.chunk_size for phase in state.phase.tolist()]
+    if rule.chunk_size == 1 or inside:
+        last = [rule.chunk_size == 1]
+    else:
+        last = [phase + 1 == rule.chunk_size for phase in state.phase.tolist()]
     after = State(
         A=back(A),
         S=back(S),
@@ -148,22 +168,34 @@ def _mlp(memory: MLP, W: Tree, outer: Tree, x: Tensor) -> tuple[Tensor, Backward
     if memory.affine:
         y = y * outer["gain"] + outer["shift"]
 
-    def backward(slope: Tensor) -> tuple[Tree, Tree]:
-        d = slope * outer["gain"] if memory.affine else slope
-        if memory.norm:
-            mean, along = d.mean(-1, keepdim=True), (d * normed).mean(-1, keepdim=True)
-            d = torch.addcmul(d - mean, normed, along, value=-1).mul_(scale)
-        xs: Tree = {}
-        ds: Tree = {}
-        for i in range(memory.depth, 0, -1):
-            xs[f"w{i}"], ds[f"w{i}"] = ins[i - 1], d
-            if memory.bias:
-                xs[f"b{i}"], ds[f"b{i}"] = torch.ones_like(d[..., :1]), d
-            if i > 1:
-                d = torch.ops.aten.gelu_backward.default(torch.bmm(d, W[f"w{i}"].mT), outs[i - 2])
-        return xs, ds
-
+    backward = partial(_mlp_back, memory, W, outer, ins, outs, normed, scale)
     return x + y if memory.residual else y, backward
+
+
+def _mlp_back(
+    memory: MLP,
+    W: Tree,
+    outer: Tree,
+    ins: list[Tensor],
+    outs: list[Tensor],
+    normed: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+) -> tuple[Tree, Tree]:
+    """The way back through an MLP: what went into and came out of its weights, and out of its norm by `scale`."""
+    d = slope * outer["gain"] if memory.affine else slope
+    if memory.norm:
+        mean, along = d.mean(-1, keepdim=True), (d * normed).mean(-1, keepdim=True)
+        d = torch.addcmul(d - mean, normed, along, value=-1).mul_(scale)
+    xs: Tree = {}
+    ds: Tree = {}
+    for i in range(memory.depth, 0, -1):
+        xs[f"w{i}"], ds[f"w{i}"] = ins[i - 1], d
+        if memory.bias:
+            xs[f"b{i}"], ds[f"b{i}"] = torch.ones_like(d[..., :1]), d
+        if i > 1:
+            d = gelu_backward(torch.bmm(d, W[f"w{i}"].mT), outs[i - 2])
+    return xs, ds
 
 
 _APPLY: dict[type, Callable[..., tuple[Tensor, Backward]]] = {Matrix: _matrix, MLP: _mlp}

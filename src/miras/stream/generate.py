@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from miras.nn.compiled import Compiled
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Block, StreamState, as_rows, check_ids, read_pieces
 
@@ -14,7 +15,13 @@ class Generation(Iterator[int]):
     """The tokens of a continuation as they are made; `state` has read all that were handed out."""
 
     def __init__(
-        self, model: LM, state: StreamState, num_tokens: int, temperature: float, top_p: float, seed: int
+        self,
+        model: LM | Compiled,
+        state: StreamState,
+        num_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
     ) -> None:
         self.state = state
         self._model, self._left = model, num_tokens
@@ -43,12 +50,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     state: LMState | None = None,
+    compiled: bool = False,
 ) -> Generation:
     """Read a prompt (T,) behind `state`, then sample `num_tokens` tokens, learning all the while.
 
     `temperature` 0 takes the most likely token each time; `top_p` samples from the smallest set of tokens
     that has this much of the probability. The prompt may be empty when `state` is a StreamState, which knows
-    what comes next. Raises ValueError for values that make no sense and ids outside the vocabulary.
+    what comes next. `compiled`: the tokens run as one compiled graph (`miras.Compiled`). Raises ValueError for
+    values that make no sense and ids outside the vocabulary.
     """
     check_sampling(num_tokens, temperature, top_p)
     ids = as_rows(prompt)
@@ -60,7 +69,7 @@ def generate(
     for part in read_pieces(model, ids, state):
         state = part.state
     assert isinstance(state, StreamState)
-    return Generation(model, state, num_tokens, temperature, top_p, seed)
+    return Generation(Compiled(model) if compiled else model, state, num_tokens, temperature, top_p, seed)
 
 
 def check_sampling(num_tokens: int, temperature: float, top_p: float) -> None:
