@@ -51,5 +51,5 @@ lint: $(STAMP)
 # Runs, checkpoints and token caches are the user's and stay. So does the environment: `rm -rf .venv` removes it.
 clean:
 	rm -rf build dist demo .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
-	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 	find src -name "*.egg-info" -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,9 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("info titans-mag --hidden-size 33", "hidden_size 33 is not a multiple of num_heads 4"),
         ("eval nowhere", "nowhere is not a model: config.json is missing"),
         ("eval broken", "model.safetensors is corrupt or cut off"),
+        ("eval flipped", "model.safetensors is corrupt: its checksum differs, a byte has changed"),
+        ("eval model --json text.txt", "--json text.txt exists and is not a file of curves"),
+        ("eval model --json empty", "--json empty is a folder"),
         ("eval odd", "config.json is not valid JSON"),
         ("eval small", "its byte vocabulary (it has no tokenizer.json) has 256 ids, the model only 100"),
         ("eval model --text nowhere.txt", "No such file or folder: 'nowhere.txt'"),
@@ -116,7 +120,23 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("eval model --conditions", "name at least one of --conditions"),
         ("generate model", "the prompt is empty"),
         ("generate model --prompt a --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
+        ("generate model --prompt a --seed -1", "a seed must be 0 or more"),
+        ("generate model --prompt a --seed 99999999999999999999", "a seed must be 0 or more and below 2^63"),
         ("generate model --prompt a --load-state no.state", "no.state is no file"),
+        (
+            "generate model --prompt a --save-state text.txt",
+            "--save-state text.txt exists and is not a stream's",
+        ),
+        ("stream model text.txt --save-state text.txt", "--save-state text.txt exists and is not a stream's"),
+        ("stream model text.txt --save-state model/model.safetensors", "exists and is not a stream's state"),
+        ("stream model text.txt --save-state text.txt/s", "--save-state text.txt/s cannot be written"),
+        ("stream model bad.gz", "bad.gz is damaged or not what its name says"),
+        ("info titans-mag --hidden-size 1000000000000", "this does not fit into memory; take smaller sizes"),
+        ("info deep", "config.json is not valid JSON"),
+        (
+            "info strange",
+            "config.json does not describe a model that can be made: Gate: bias must be a finite",
+        ),
         ("generate model --prompt a --load-state text.txt", "text.txt is corrupt or cut off"),
         ("stream model nowhere.txt", "No such file: 'nowhere.txt'"),
         ("stream model empty.txt", "empty.txt is empty: nothing to read"),
@@ -132,6 +152,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --text nowhere.txt", "No such file or folder: 'nowhere.txt'"),
         ("train --out r --text empty.txt", "'empty.txt' is empty"),
         ("train --out r --text junk.bin", "'junk.bin' is not text: it has NUL bytes"),
+        ("train --out r --seed 99999999999999999999", "a seed must be 0 or more and below 2^63"),
         ("train --out r --tokenizer nowhere.json", "No such tokenizer file: 'nowhere.json'"),
         ("train --out r --tokenizer text.txt", "'text.txt' is not a tokenizer file"),
         ("train --out r --model empty", "empty is not a model"),
@@ -148,15 +169,15 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --seq-len -16", "--seq-len must be at least 1, got -16"),
         ("train --out r --accumulate 0", "--accumulate must be at least 1, got 0"),
         ("train --out r --checkpoint-every 0", "--checkpoint-every must be at least 1, got 0"),
-        ("train --out r --lr nan", "--lr must be positive, got nan"),
-        ("train --out r --warmup -1", "--warmup must be at least 0, got -1"),
-        ("train --out r --min-lr -0.1", "--min-lr must be at least 0, got -0.1"),
-        ("train --out r --weight-decay -1", "--weight-decay must be at least 0, got -1"),
-        ("train --out r --write-price -1", "--write-price must be at least 0, got -1"),
+        ("train --out r --lr nan", "--lr must be positive and finite, got nan"),
+        ("train --out r --warmup -1", "--warmup must be at least 0 and finite, got -1"),
+        ("train --out r --min-lr -0.1", "--min-lr must be at least 0 and finite, got -0.1"),
+        ("train --out r --weight-decay -1", "--weight-decay must be at least 0 and finite, got -1"),
+        ("train --out r --write-price -1", "--write-price must be at least 0 and finite, got -1"),
         ("train --out r --beta1 1", "--beta1 must be at least 0 and below 1, got 1"),
-        ("train --out r --seed -1", "--seed must be at least 0, got -1"),
-        ("train --out r --threads -1", "--threads must be 0 (torch's choice) or more, got -1"),
-        ("demo --out r --threads -1", "--threads must be 0 (torch's choice) or more, got -1"),
+        ("train --out r --seed -1", "--seed must be at least 0 and finite, got -1"),
+        ("train --out r --threads -1", "--threads must be 0 (torch's choice) to 1024, got -1"),
+        ("demo --out r --threads -1", "--threads must be 0 (torch's choice) to 1024, got -1"),
         ("demo --out r --seed -1", "--seed must be at least 0, got -1"),
         ("demo --out r --needle-bytes 10", "--needle-bytes must be at least 4096, got 10"),
         ("demo --out r --reading-seconds 0", "--reading-seconds must be positive, got 0"),
@@ -171,12 +192,21 @@ def test_what_goes_wrong_is_one_clear_line(
     (place / "empty.txt").touch()
     (place / "junk.bin").write_bytes(bytes(range(256)) * 8)
     (place / "bad.xz").write_bytes(b"no xz at all")
+    (place / "bad.gz").write_bytes(b"no gzip at all")
     (place / "cut.gz").write_bytes(gzip.compress(TEXT)[:-20])
+    for name, config in (("deep", "[" * 100_000), ("strange", (place / "model/config.json").read_text())):
+        (place / name).mkdir()
+        (place / name / "config.json").write_text(config.replace('"bias": -5.0', '"bias": "x"'))
     if "broken" in line or "odd" in line or "small" in line:
         save_model(build(vocab_size=100 if "small" in line else 256), place / line.split()[1])
     if "broken" in line:
         file = place / "broken" / "model.safetensors"
         file.write_bytes(file.read_bytes()[:-100])
+    if "flipped" in line:
+        save_model(build(), place / "flipped")
+        file = place / "flipped" / "model.safetensors"
+        data = file.read_bytes()
+        file.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
     if "odd" in line:
         (place / "odd" / "config.json").write_text("{")
     assert reason in refused(line, capsys)
@@ -201,6 +231,12 @@ def test_a_truncated_checkpoint_is_one_clear_line(place: Path, file: str, capsys
     err = refused(f"{RUN} --resume", capsys)
     assert file in err and "step-1 is older: move step-2 away to go on from it" in err
     assert {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()} == before
+
+
+def test_a_run_that_cannot_begin_leaves_its_name_free(place: Path, capsys: pytest.CaptureFixture[str]):
+    assert "Take a smaller batch or more text" in refused(f"{RUN} --batch-size 100000", capsys)
+    assert run(RUN) == 0
+    assert "--steps 1: the run has made 2 steps already" in refused(f"{RUN} --resume --steps 1", capsys)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(place: Path, capsys: pytest.CaptureFixture[str]):
@@ -523,3 +559,15 @@ def test_control_characters_do_not_reach_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     commands.say("a\x1b[2Jb\n\té語")
     assert capsys.readouterr().out == "a[2Jb\n\té語"
+
+
+def test_the_systems_end_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def ended(arguments: list[str]) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setitem(COMMANDS, "info", ended)
+    assert run("info x") == 130
+    assert capsys.readouterr().err == "\nmiras: stopped\n"
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from miras.evaluate.describe import design_space
+
 DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_page_of_the_space_has_every_preset():
+    text = (DOCS / "design-space.md").read_text()
+    code = ("memory", "bias", "retention", "algorithm")
+    for row in design_space():
+        cells = {n: "" if not x else f"`{x}`" if n in code else str(x) for n, x in row.items()}
+        cells["preset"] = f"[{row['preset']}](presets/{row['preset']}.md)"
+        assert f"| {' | '.join(cells.values())} |" in text
+        assert (DOCS / "presets" / f"{row['preset']}.md").is_file()
 
 
 @pytest.mark.parametrize("page", ["extend.md"])

@@ -21,7 +21,7 @@ LEVELS = [
     {"presets"},
     {"train", "evaluate", "stream", "report"},
     {"session"},
-    {"demo", "serve", "hf", "options", "commands", "cli", "__main__"},
+    {"demo", "hf", "options", "commands", "cli", "__main__"},
 ]
 LEVEL = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 TOP = len(LEVELS) - 1

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import signal
 import sys
+import threading
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -131,14 +133,15 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status: 0, 2 for what the user can mend, 130 after Ctrl-C, 141 for a closed
-    pipe."""
+    """Run a command. Exit status: 0; 1 for a training that stopped at a loss that is not finite; 2 for what the user
+    can mend; 130 after Ctrl-C, or when the system ends the command; 141 for a closed pipe."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("MIRAS_DEBUG", "0") not in ("", "0")
     arguments = [each for each in arguments if each != "--debug"]
     try:
-        status = _dispatch(arguments)
-        sys.stdout.flush()
+        with _ends_as_interrupted():
+            status = _dispatch(arguments)
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # Nobody reads any more, as in `miras info ... | head`. What Python would still flush goes nowhere.
@@ -149,12 +152,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nmiras: stopped{''.join(f'; {each}' for each in stop.args)}", file=sys.stderr)
         return 130
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # rich leaves in its own way
+            return 141
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
         print(f"miras: {_line(error)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if debug or not (isinstance(error, MemoryError) or any(x in str(error) for x in _NO_ROOM)):
+            raise
+        print("miras: this does not fit into memory; take smaller sizes", file=sys.stderr)
+        return 2
+
+
+_NO_ROOM = ("allocate memory", "out of memory", "Storage size calculation overflowed")
+"""What torch says where memory ends."""
+
+
+@contextlib.contextmanager
+def _ends_as_interrupted() -> Iterator[None]:
+    """SIGTERM, as a system that shuts down sends it, is Ctrl-C: what was learned so far is saved."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -236,7 +267,7 @@ def _defaults(options: type[T], path: Path) -> T:
         raise FileNotFoundError(f"no such config file: {path}")
     try:
         loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict | None):
         raise ValueError(f"{path} must hold one `name: value` per line")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from miras.data.novel import load_novel
@@ -19,13 +20,14 @@ from miras.data.tokens import ByteTokenizer, prepare
 from miras.evaluate.describe import describe, design_space, features
 from miras.evaluate.stream import Curve, stream_curve
 from miras.nn.config import ModelConfig
-from miras.nn.folder import model_hash, read_config, write_atomically
+from miras.nn.folder import check_place, model_hash, read_config, write_atomically
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
 from miras.nn.threads import set_threads
 from miras.options import EvalOptions, GenerateOptions, InfoOptions, ListOptions, StreamOptions
 from miras.presets import override, preset, presets
-from miras.stream.files import load_state, save_state
+from miras.stream.files import check_state_place, load_state, save_state
+from miras.stream.generate import check_sampling
 from miras.stream.generate import generate as generation
 from miras.stream.run import never
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
@@ -46,7 +48,7 @@ def info(options: InfoOptions) -> int:
     kinds = [kind for i, kind in enumerate(found["layers"]) if not i or kind != found["layers"][i - 1]]
     uniform = f"{len(found['layers'])} x {kinds[0]}" if len(kinds) == 1 else ", ".join(found["layers"])
     console.print(
-        f"[bold]{name}[/]: {uniform}; hidden {config.hidden_size}, "
+        f"[bold]{escape(name)}[/]: {uniform}; hidden {config.hidden_size}, "
         f"heads {config.num_heads} of {config.width()}"
     )
     if found["window_size"] is not None or found["state_grows"]:
@@ -95,6 +97,8 @@ def show(options: ListOptions) -> int:
 def evaluate(options: EvalOptions) -> int:
     """Print bits per byte of a stream under each condition."""
     set_threads(options.threads)
+    if options.json is not None:
+        check_place("--json", options.json, _is_curves, "a file of curves")
     model, tokenizer = open_model(options.model, options.trust_remote_code)
     twin = None if options.twin is None else open_model(options.twin, options.trust_remote_code)
     if twin is not None and twin[1].fingerprint != tokenizer.fingerprint:
@@ -152,6 +156,8 @@ def evaluate(options: EvalOptions) -> int:
 def generate(options: GenerateOptions) -> int:
     """Print a continuation as it is made."""
     set_threads(options.threads)
+    check_state_place("--save-state", options.save_state)
+    check_sampling(options.tokens, options.temperature, options.top_p, options.seed)
     model, tokenizer = open_model(options.model, options.trust_remote_code)
     state = _loaded(options.load_state, model)
     prompt = tokenizer.encode(options.prompt)
@@ -182,6 +188,7 @@ def generate(options: GenerateOptions) -> int:
 def stream(options: StreamOptions) -> int:
     """Read a text of any length and print its bits per byte."""
     set_threads(options.threads)
+    check_state_place("--save-state", options.save_state)
     model, tokenizer = open_model(options.model, options.trust_remote_code)
     state = _loaded(options.load_state, model)
     before = 0 if state is None else int(state.tokens[0])
@@ -222,6 +229,14 @@ def _config(name: str, trusted: bool) -> ModelConfig:
             raise FileNotFoundError(f"{name} is not a model: config.json is missing in it")
         return preset(name)
     return read_config(name, trust_remote_code=trusted)
+
+
+def _is_curves(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError):
+        return False
+    return isinstance(found, dict) and "curves" in found
 
 
 def _loaded(path: Path | None, model: LM) -> LMState | None:

@@ -128,13 +128,13 @@ def test_what_a_retention_says_of_itself(retention, gates, linear, direct, along
     ("make", "message"),
     [
         (lambda: ElasticNet(-0.1), "ElasticNet: gamma must be a number of at least 0, got -0.1"),
-        (lambda: ElasticNet(True), "ElasticNet: gamma must be a number of at least 0, got True"),
+        (lambda: ElasticNet(True), "ElasticNet: gamma must be a finite number, got True"),
         (
             lambda: ProximalElasticNet(float("nan")),
-            "ProximalElasticNet: gamma must be a number of at least 0, got nan",
+            "ProximalElasticNet: gamma must be a finite number, got nan",
         ),
         (lambda: LqNorm(1), "LqNorm: q must be a number above 1, got 1"),
-        (lambda: LqNorm(float("inf")), "LqNorm: q must be a number above 1, got inf"),
+        (lambda: LqNorm(float("inf")), "LqNorm: q must be a finite number, got inf"),
         (lambda: Simplex("rows"), "Simplex: axis must be one of 'input', 'output', 'all', got 'rows'"),
         (lambda: Simplex(scale=0), "Simplex: scale must be a positive number or None, got 0"),
         (lambda: FDivergence(axis=0), "FDivergence: axis must be one of 'input', 'output', 'all', got 0"),

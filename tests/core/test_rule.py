@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
+import miras
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix
@@ -70,14 +71,41 @@ def test_a_deep_memory_has_a_layer(sizes):
         MLP(**sizes)
 
 
-@pytest.mark.parametrize("strength", [-1.0, float("inf"), float("nan"), True])
-def test_a_step_bound_is_not_negative(strength):
+def test_a_step_bound_is_not_negative():
     message = (
         "GradientDescent: step_bound must be a number, 0 for none, 1 without momentum, 1 / (1 - m) with "
-        f"momentum of at most m; got {strength}"
+        "momentum of at most m; got -1.0"
     )
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
-        GradientDescent(step_bound=strength)
+        GradientDescent(step_bound=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradientDescent(step_bound=float("inf")), "step_bound must be a finite number, got inf"),
+        (lambda: GradientDescent(step_bound=True), "step_bound must be a finite number, got True"),
+        (lambda: GradientDescent(momentum="no"), "momentum must be True or False, got 'no'"),
+        (lambda: GradientDescent(steps=2.0), "steps must be a whole number, got 2.0"),
+        (lambda: MLP(depth=1.5), "depth must be a whole number, got 1.5"),
+        (lambda: Decay(decayed=1), "decayed must be True or False, got 1"),
+        (lambda: miras.Lp("3"), "p must be a finite number, got '3'"),
+        (lambda: miras.Huber(delta="x"), "delta must be a finite number or None, got 'x'"),
+        (lambda: miras.Gate(bias=float("nan")), "bias must be a finite number, got nan"),
+        (lambda: miras.Gate(per_weight="yes"), "per_weight must be True or False, got 'yes'"),
+        (lambda: miras.Features(normalize=0), "normalize must be True or False, got 0"),
+        (lambda: miras.ModelConfig(vocab_size=True), "vocab_size must be a whole number, got True"),
+        (lambda: miras.ModelConfig(window_size=16.5), "window_size must be a whole number or None, got 16.5"),
+        (lambda: miras.ModelConfig(norm_eps="x"), "norm_eps must be a finite number, got 'x'"),
+        (lambda: miras.ModelConfig(norm_eps=-10), "norm_eps must be at least 0, got -10"),
+        (lambda: miras.ModelConfig(conv_size=-1), "conv_size must be at least 0, got -1"),
+        (lambda: miras.ModelConfig(rope_theta=0), "rope_theta must be above 0, got 0"),
+        (lambda: miras.ModelConfig(pattern="mag"), "pattern must be a tuple of names"),
+    ],
+)
+def test_a_choice_holds_what_its_fields_say(make, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make()
 
 
 def test_a_residual_memory_needs_equal_widths():

@@ -342,7 +342,7 @@ def test_pieces_of_words_and_models_without_memory_have_pages_too(shared: Path, 
         ("@words @text.txt --load-state @state", "belongs to another model"),
         ("@model @text.txt --load-state @two", "holds 2 streams"),
         ("@model @text.txt --out @model", "is a folder"),
-        ("@model @text.txt --out @text.txt", "is the text itself"),
+        ("@model @text.txt --out @text.txt", "exists and is not a page"),
         ("@model @text.txt --out @text.txt/page.html", "cannot be written"),
     ],
 )

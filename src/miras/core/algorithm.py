@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from miras.core.typed import Typed
 
-class Algorithm(ABC):
+
+class Algorithm(Typed, ABC):
     """S_t = momentum_t S_{t-1} - lr_t grad_t;  step_t = direction(S_t)."""
 
     momentum: bool = False
@@ -72,8 +74,9 @@ class GradientDescent(Algorithm):
     first_order: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_bound("GradientDescent", self)
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:  # pyright: ignore
+        if self.steps < 1:
             raise ValueError(
                 f"GradientDescent: steps must be a whole number of at least 1, got {self.steps!r}"
             )
@@ -104,6 +107,7 @@ class Implicit(Algorithm):
     channelwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_bound("Implicit", self)
 
     def step_size(self, lr: Tensor, k: Tensor) -> Tensor:
@@ -137,6 +141,7 @@ class Muon(Algorithm):
     COEFFICIENTS: ClassVar[tuple[float, float, float]] = (3.4445, -4.7750, 2.0315)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.iterations < 1 or not self.scale > 0:
             raise ValueError(
                 f"Muon: iterations must be at least 1 and scale positive, got {self.iterations} and {self.scale}"
@@ -166,7 +171,7 @@ def bound_factors(overlap: Tensor, lr: Tensor, strength: float) -> Tensor:
 
 def _check_bound(name: str, algorithm: Algorithm) -> None:
     bound = algorithm.step_bound
-    if isinstance(bound, bool) or not 0 <= bound < float("inf"):
+    if bound < 0:
         raise ValueError(
             f"{name}: step_bound must be a number, 0 for none, 1 without momentum, 1 / (1 - m) with momentum of at "
             f"most m; got {bound}"

@@ -10,20 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.state import Tree
+from miras.core.typed import Typed
 
 HUBER_KINDS = ("norm", "coordinate", "mixture")
 BALLS = ("l2", "l1", "linf")
 ABOVE_0 = "a number above 0"
 
 
-class Bias(ABC):
+class Bias(Typed, ABC):
     """What the memory is asked to do with a pair: a loss of its prediction (..., d_value) against the value."""
 
     @property
@@ -71,7 +72,8 @@ class L1(Bias):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require(_positive(self.eps), self, "eps", ABOVE_0)
+        super().__post_init__()
+        _require(self.eps > 0, self, "eps", ABOVE_0)
 
     def loss(self, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
         return _smooth_abs(pred - target, self.eps).sum(-1)
@@ -99,12 +101,11 @@ class Lp(Bias):
     tanh: float | None = None
 
     def __post_init__(self) -> None:
-        _require(_real(self.p) and self.p >= 1, self, "p", "a number of at least 1")
-        _require(_positive(self.eps), self, "eps", ABOVE_0)
-        _require(self.clip is None or _positive(self.clip), self, "clip", f"{ABOVE_0}, or None for no clip")
-        _require(
-            self.tanh is None or _positive(self.tanh), self, "tanh", f"{ABOVE_0}, or None for the plain power"
-        )
+        super().__post_init__()
+        _require(self.p >= 1, self, "p", "a number of at least 1")
+        _require(self.eps > 0, self, "eps", ABOVE_0)
+        _require(self.clip is None or self.clip > 0, self, "clip", f"{ABOVE_0}, or None for no clip")
+        _require(self.tanh is None or self.tanh > 0, self, "tanh", f"{ABOVE_0}, or None for the plain power")
 
     def loss(self, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
         r = pred - target
@@ -140,8 +141,9 @@ class LInf(Bias):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require(_positive(self.tau), self, "tau", ABOVE_0)
-        _require(_positive(self.eps), self, "eps", ABOVE_0)
+        super().__post_init__()
+        _require(self.tau > 0, self, "tau", ABOVE_0)
+        _require(self.eps > 0, self, "eps", ABOVE_0)
 
     def loss(self, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
         return _smooth_max(_smooth_abs(pred - target, self.eps), self.tau)
@@ -167,14 +169,15 @@ class Huber(Bias):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.kind in HUBER_KINDS, self, "kind", f"one of {', '.join(HUBER_KINDS)}")
         _require(
-            self.delta is None or _positive(self.delta),
+            self.delta is None or self.delta > 0,
             self,
             "delta",
             f"{ABOVE_0}, or None for the gate 'delta'",
         )
-        _require(_positive(self.eps), self, "eps", ABOVE_0)
+        _require(self.eps > 0, self, "eps", ABOVE_0)
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -220,15 +223,16 @@ class Robust(Bias):
     tau: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.ball in BALLS, self, "ball", f"one of {', '.join(BALLS)}")
         _require(
-            self.radius is None or (_real(self.radius) and self.radius >= 0),
+            self.radius is None or self.radius >= 0,
             self,
             "radius",
             "a number of at least 0, or None for the gate 'radius'",
         )
-        _require(_positive(self.eps), self, "eps", ABOVE_0)
-        _require(_positive(self.tau), self, "tau", ABOVE_0)
+        _require(self.eps > 0, self, "eps", ABOVE_0)
+        _require(self.tau > 0, self, "tau", ABOVE_0)
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -298,14 +302,6 @@ def _gauss_legendre(n: int) -> list[tuple[float, float]]:
         i = torch.arange(1, n, dtype=torch.float64, device="cpu")
         nodes, vectors = torch.linalg.eigh((i / (4 * i * i - 1).sqrt()).diag(-1))
     return list(zip(((nodes + 1) / 2).tolist(), vectors[0].square().tolist(), strict=True))
-
-
-def _real(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _positive(value: Any) -> bool:
-    return _real(value) and value > 0
 
 
 def _require(holds: bool, bias: Bias, name: str, allowed: str) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.activation import gelu, layer_norm
+from miras.core.typed import Typed
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Weights:
     outer: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-class Memory(ABC):
+class Memory(Typed, ABC):
     """A map from keys (..., d_key) to values (..., d_value) whose weights are learned while reading.
 
     Weights are named matrices (d_in, d_out), input side first. The first one's input is the key and the last
@@ -101,6 +102,7 @@ class MLP(Memory):
     affine: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.depth < 1 or self.expansion < 1:
             raise ValueError(
                 f"MLP: depth and expansion must be at least 1, got depth={self.depth}, expansion={self.expansion}"
@@ -145,6 +147,7 @@ class GatedMLP(Memory):
     norm: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.expansion < 1:
             raise ValueError(f"GatedMLP: expansion must be at least 1, got {self.expansion}")
 

@@ -13,13 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from miras.core.typed import Typed
+
 Axis = Literal["input", "output", "all"]
 """Which entries of a weight share one simplex: one output channel's, one input channel's, or all of them."""
 
 _DIMS: dict[str, tuple[int, ...]] = {"input": (-2,), "output": (-1,), "all": (-2, -1)}
 
 
-class Retention(ABC):
+class Retention(Typed, ABC):
     """A_t = advance(A_{t-1}, keep_t, step_t);  W_t = link(A_t)."""
 
     decayed: bool = False
@@ -93,7 +95,8 @@ class ElasticNet(Retention):
     smooth: bool = False
 
     def __post_init__(self) -> None:
-        _set_number(self, "gamma", 0 <= self.gamma < math.inf, "a number of at least 0")
+        super().__post_init__()
+        _set_number(self, "gamma", self.gamma >= 0, "a number of at least 0")
 
     @property
     def direct(self) -> bool:
@@ -120,7 +123,8 @@ class ProximalElasticNet(Retention):
     gamma: float
 
     def __post_init__(self) -> None:
-        _set_number(self, "gamma", 0 <= self.gamma < math.inf, "a number of at least 0")
+        super().__post_init__()
+        _set_number(self, "gamma", self.gamma >= 0, "a number of at least 0")
 
     @property
     def linear(self) -> bool:
@@ -156,7 +160,8 @@ class LqNorm(Retention):
     literal: bool = False
 
     def __post_init__(self) -> None:
-        _set_number(self, "q", 1 < self.q < math.inf, "a number above 1")
+        super().__post_init__()
+        _set_number(self, "q", self.q > 1, "a number above 1")
 
     @property
     def direct(self) -> bool:
@@ -190,6 +195,7 @@ class Simplex(Retention):
     scale: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_simplex(self, self.axis, self.scale)
 
     @property
@@ -223,9 +229,10 @@ class FDivergence(Retention):
     iterations: int = 60
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_simplex(self, self.axis, self.scale)
         _check_callable(self, self.inverse)
-        if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:  # pyright: ignore
+        if self.iterations < 1:
             raise ValueError(
                 f"FDivergence: iterations must be a whole number of at least 1, got {self.iterations!r}"
             )
@@ -295,6 +302,7 @@ class Bregman(Retention):
     inverse: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_callable(self, self.inverse)
 
     def link(self, A: Tensor) -> Tensor:
@@ -339,7 +347,7 @@ def _check_simplex(retention: Retention, axis: str, scale: float | None) -> None
             f"{type(retention).__name__}: axis must be one of {', '.join(map(repr, _DIMS))}, got {axis!r}"
         )
     if scale is not None:
-        _set_number(retention, "scale", 0 < scale < math.inf, "a positive number or None")
+        _set_number(retention, "scale", scale > 0, "a positive number or None")
 
 
 def _check_callable(retention: Retention, inverse: object) -> None:
@@ -352,7 +360,7 @@ def _check_callable(retention: Retention, inverse: object) -> None:
 
 def _set_number(retention: Retention, name: str, allowed: bool, what: str) -> None:
     value = getattr(retention, name)
-    if isinstance(value, bool) or not allowed:
+    if not allowed:
         raise ValueError(f"{type(retention).__name__}: {name} must be {what}, got {value!r}")
     object.__setattr__(retention, name, float(value))
 

@@ -138,8 +138,8 @@ class Lanes:
             raise ValueError(f"`world_size` must be at least 1, got {world_size}.")
         if lanes > self._num_chunks:
             raise ValueError(
-                f"batch_size * world_size = {lanes} lanes need at least {lanes} chunks of {self.align} "
-                f"tokens, and the text ({len(self._tokens)} tokens) has {self._num_chunks}. "
+                f"{lanes} lanes, {self.batch_size} of a batch times {world_size}, need at least {lanes} chunks of "
+                f"{self.align} tokens, and the text ({len(self._tokens)} tokens) has {self._num_chunks}. "
                 "Take a smaller batch or more text."
             )
         return lanes

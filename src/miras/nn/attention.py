@@ -26,6 +26,10 @@ class AttentionReader(Mixer):
         keys_per_token: int = 1,
     ) -> None:
         super().__init__()
+        if window_size is not None and window_size < 1:
+            raise ValueError(
+                f"AttentionReader: window_size must be at least 1, or None for all; got {window_size}"
+            )
         self.num_heads, self.head_dim, self.keys_per_token = num_heads, head_dim, keys_per_token
         self.window_size, self.rope_theta = window_size, rope_theta
         self.q, self.k, self.v = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))

@@ -15,7 +15,8 @@ from miras.core.bias import BIASES
 from miras.core.memory import MEMORIES
 from miras.core.retention import RETENTIONS
 from miras.core.rule import Rule
-from miras.nn.gates import Gate, forget_refusal
+from miras.core.typed import Typed
+from miras.nn.gates import Gate, forget_refusal, unread
 from miras.nn.memory import TITANS_FEATURES, TITANS_RULE, Features
 
 FORMAT_VERSION = 1
@@ -77,7 +78,7 @@ MIXERS = ("attention", "memory", "mac", "mag", "mal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Typed):
     """A language model of pre-norm blocks, each a token mixer and a SwiGLU.
 
     pattern: mixers of the layers, repeated to num_hidden_layers: "attention", "memory" (a MemoryLayer), "mac",
@@ -114,6 +115,12 @@ class ModelConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.pattern, tuple) or not isinstance(self.gates, Mapping):  # pyright: ignore
+            raise ValueError(
+                f"ModelConfig: pattern must be a tuple of names and gates a mapping from names to Gate(...), got "
+                f"{self.pattern!r} and {self.gates!r}"
+            )
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig: {name} must be at least 1, got {getattr(self, name)}")
@@ -136,6 +143,9 @@ class ModelConfig:
             ("intermediate_size", 1),
             ("head_dim", 1),
             ("num_persistent", 0),
+            ("conv_size", 0),
+            ("initial_scale", 0),
+            ("norm_eps", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -147,14 +157,10 @@ class ModelConfig:
         attends = any(name != "memory" for name in self.pattern)
         if (attends or self.features.rotary) and self.width() % 2:
             raise ValueError(f"ModelConfig: rotary positions need an even head width, got {self.width()}")
-        read = self.rule.gates()
-        own = [name for name in read if name not in self.rule.bias.gates]
-        known = {*read, *(f"{name}.{n}" for name in own for n in self.rule.memory.shapes(2, 2))}
-        unread = [name for name in self.gates if name not in known]
-        if unread:
-            raise ValueError(
-                f"ModelConfig: gates {', '.join(unread)} are not read by this rule, which reads {', '.join(read)}"
-            )
+        if self.rope_theta <= 0:
+            raise ValueError(f"ModelConfig: rope_theta must be above 0, got {self.rope_theta}")
+        if reason := unread(self.rule, self.gates):
+            raise ValueError(f"ModelConfig: {reason}")
         if reason := forget_refusal(self.rule, self.gates):
             raise ValueError(f"ModelConfig: {reason}")
 

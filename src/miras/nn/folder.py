@@ -7,12 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -56,9 +56,10 @@ def write_whole(handle: int, data: bytes) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that it is there whole or not at all, even when the machine stops in between.
 
-    An OSError names `path`, and leaves an earlier file as it was.
+    An OSError names `path`, and leaves an earlier file as it was. Behind a link it is the linked file that changes.
     """
     with naming(path):
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(DRAFT, f".{path.name}.", path.parent)
         os.close(handle)
@@ -69,6 +70,25 @@ def write_atomically(path: Path, data: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
         _sync_names(path.parent)
+
+
+def check_place(flag: str, path: Path, ours: Callable[[Path], bool], kind: str) -> None:
+    """Raise ValueError, before work starts, when a file cannot be written, or something else would be lost by it.
+
+    `ours` tells whether a file that is there is an older one of its `kind`, which may be replaced.
+    """
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; name a file in it")
+    if path.exists() and not (path.is_file() and ours(path)):
+        raise ValueError(f"{flag} {path} exists and is not {kind}; name another file, or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} {path} cannot be written ({error.strerror}); name a file where you may write"
+        ) from error
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -111,10 +131,24 @@ def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = N
 def model_files(model: LM) -> dict[str, bytes]:
     """The files of a model's folder, by name."""
     config = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], **model.config.to_dict()}
+    stored = weights(model)
     return {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "model.safetensors": save(weights(model), metadata={"format": "pt"}),
+        "model.safetensors": _saved(stored),
     }
+
+
+def _saved(tensors: dict[str, Tensor]) -> bytes:
+    """A safetensors file that tells its checksum, the same bytes for the same tensors.
+
+    safetensors writes what is told beside the tensors in any order: here it is sorted, in the room that it has.
+    """
+    data = save(tensors, metadata={"format": "pt", "sha256": _digest(tensors)})
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + sorted_header.ljust(size) + data[8 + size :]
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
@@ -188,11 +222,17 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
     model = LM(read_config(folder, trust_remote_code=trust_remote_code))
     kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
     if kinds and kinds != [ARCHITECTURE]:
-        raise ValueError(f"{folder} holds a {' and '.join(kinds)}, and no language model ({ARCHITECTURE})")
+        held = " and ".join(map(str, kinds)) if isinstance(kinds, list) else kinds
+        raise ValueError(f"{folder} holds a {held}, and no language model ({ARCHITECTURE})")
+    file = folder / "model.safetensors"
     try:
-        stored = load_file(folder / "model.safetensors")
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata() or {}
+        stored = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{folder / 'model.safetensors'} is corrupt or cut off: {error}") from error
+        raise ValueError(f"{file} is corrupt or cut off: {error}") from error
+    if "sha256" in told and _digest(stored) != told["sha256"]:  # what others wrote has none
+        raise ValueError(f"{file} is corrupt: its checksum differs, a byte has changed since it was saved")
     expected = weights(model)
     wrong = [n for n in expected if n not in stored or stored[n].shape != expected[n].shape]
     if wrong or len(stored) != len(expected):
@@ -212,15 +252,16 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Model
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} is not a model: config.json is missing in it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{path} does not describe a miras model (its model_type is not {MODEL_TYPE!r})")
     values = {n: x for n, x in values.items() if n not in OF_TRANSFORMERS}
     try:
         return ModelConfig.from_dict(values, trust_remote_code=trust_remote_code)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe a model that can be made: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = str(error) if isinstance(error, ValueError) else repr(error)
+        raise ValueError(f"{path} does not describe a model that can be made: {said}") from error
 
 
 def weights(model: LM) -> dict[str, Tensor]:
@@ -233,8 +274,13 @@ def weights(model: LM) -> dict[str, Tensor]:
 
 def model_hash(model: LM) -> str:
     """16 hexadecimal digits that name a model: config and weights, independent of where they are."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True).encode())
-    for name, x in sorted(weights(model).items()):
+    return _digest(weights(model), json.dumps(model.config.to_dict(), sort_keys=True))[:16]
+
+
+def _digest(tensors: dict[str, Tensor], before: str = "") -> str:
+    """SHA-256 of tensors' names and bytes, behind a text."""
+    digest = hashlib.sha256(before.encode())
+    for name, x in sorted(tensors.items()):
         digest.update(name.encode())
         digest.update(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miras.core.rule import Rule
+from miras.core.typed import Typed
 
 
 def hard(x: Tensor) -> Tensor:
@@ -49,7 +50,7 @@ BOUNDED = ("sigmoid", "hard", "root_sigmoid", "decay")
 
 
 @dataclass(frozen=True)
-class Gate:
+class Gate(Typed):
     """How one gate is made: scale * link(x W + b), with b = bias + step h at first for head h.
 
     link: "sigmoid", "softplus", "hard" (exactly 0 and 1 are reached), "root_sigmoid" (GLA), "exp" (mLSTM, capped),
@@ -76,6 +77,7 @@ class Gate:
     follows: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (
             ("link", tuple(LINKS)),
             ("channels", (None, "input", "output")),
@@ -148,6 +150,19 @@ class Output(NamedTuple):
     gate: Gate
     width: int
     channels: str | None
+
+
+def unread(rule: Rule, gates: Mapping[str, Gate]) -> str | None:
+    """Which of these gates a rule does not read, as a reason to refuse them, or None."""
+    read = rule.gates()
+    own = [name for name in read if name not in rule.bias.gates]
+    known = {*read, *(f"{name}.{n}" for name in own for n in rule.memory.shapes(2, 2))}
+    surplus = [name for name in gates if name not in known]
+    return (
+        f"gates {', '.join(surplus)} are not read by this rule, which reads {', '.join(read)}"
+        if surplus
+        else None
+    )
 
 
 def forget_refusal(rule: Rule, gates: Mapping[str, Gate]) -> str | None:

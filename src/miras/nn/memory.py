@@ -16,7 +16,8 @@ from miras.core.retention import FDivergence, LqNorm, Retention, Simplex
 from miras.core.rows import Rows
 from miras.core.rule import Rule, State, formed, init_state
 from miras.core.state import Record, Tree
-from miras.nn.gates import Gate, Gates, Precise, without_autocast
+from miras.core.typed import Typed
+from miras.nn.gates import Gate, Gates, Precise, unread, without_autocast
 from miras.nn.mixer import Mixer, Projection, heads, merge
 from miras.nn.norm import RMSNorm, unit
 from miras.ops import compiles, decode, scan
@@ -62,7 +63,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "identity": 
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Typed):
     """How queries, keys and values are made from their projections, and the read from the memory's answer.
 
     activation of q and k, values that of v: "silu", "identity", "elu1" (elu + 1). normalize: q and k of length 1.
@@ -81,6 +82,7 @@ class Features:
     normalizer: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, allowed in (
             ("activation", tuple(ACTIVATIONS)),
             ("values", tuple(ACTIVATIONS)),
@@ -186,6 +188,8 @@ class MemoryReader(Mixer):
         rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
+        if reason := unread(rule, gates or {}):
+            raise ValueError(f"MemoryReader: {reason}")
         gates = DEFAULT_GATES | dict(gates or {})
         if reason := features.refusal(rule, gates, head_dim):
             raise ValueError(f"MemoryReader: {features} has no meaning here: {reason}")

@@ -1,7 +1,7 @@
 """`miras report`: read a text once, watch, and write a page to look at."""
 
+import math
 import shlex
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miras.data.tokens import Tokenizer
-from miras.nn.folder import model_hash, write_atomically
+from miras.nn.folder import check_place, model_hash, write_atomically
 from miras.nn.lm import LM
 from miras.nn.threads import set_threads
 from miras.report.explorer import bits_per_byte, facts_of, render_explorer, shortened, tracks_of
@@ -28,7 +28,7 @@ def report(options: ReportOptions) -> int:
         raise ValueError(
             f"--tokens must be positive, or 0 to read all of the text; it cannot be {options.tokens}"
         )
-    check_place(options.out, options.file)
+    check_place("--out", options.out, is_page, "a page")
     model, tokenizer = open_model(options.model, options.trust_remote_code)
     check_layers(model, options.layers)
     state = None if options.load_state is None else load_state(options.load_state, model)[0]
@@ -59,27 +59,19 @@ def report(options: ReportOptions) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("no page was written") from None
     goes_on = " (the text goes on: --tokens 0 reads all of it)" if more else ""
-    print(f"{len(ids):,} tokens{goes_on}, {bits_per_byte(watched):.4f} bits per byte")
+    bits = bits_per_byte(watched)
+    rate = "none of them predicted" if math.isnan(bits) else f"{bits:.4f} bits per byte"
+    print(f"{len(ids):,} tokens{goes_on}, {rate}")
     if left_out:
         print(left_out)
     print(f"Look at {visible(str(options.out))} ({size_text(len(page))})")
     return 0
 
 
-def check_place(out: Path, text: str) -> None:
-    """Raise ValueError when the page cannot be written to `out`, or would be written over the text."""
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; name a file in it, such as {out / 'surprise.html'}")
-    if text != "-" and out.exists() and out.samefile(Path(text).expanduser()):
-        raise ValueError(f"--out {out} is the text itself; name another file")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"--out {out} cannot be written ({error.strerror}); name a file where you may write"
-        ) from error
+def is_page(path: Path) -> bool:
+    """Whether a file is a page, such as this command writes."""
+    with path.open("rb") as file:
+        return file.read(64).lstrip().lower().startswith(b"<!doctype html")
 
 
 def named(folder: Path) -> str:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,11 @@ def feed(options: FeedOptions) -> int:
     learning = None
     if options.learn:
         learning = Learning(lr=options.lr, segment=options.segment, replay=options.replay)
+    else:
+        usual = {f.name: f.default for f in fields(FeedOptions)}
+        given = [n for n in ("lr", "segment", "replay") if getattr(options, n) != usual[n]]
+        if given:
+            raise ValueError(f"--{given[0]} is for learning outer weights: add --learn, or leave it out")
     name = options.name or ("standard input" if options.file == "-" else Path(options.file).name)
     with _written(options.session, options) as session:
         tokenizer, before = session.tokenizer, session.tokens
@@ -84,7 +89,7 @@ def feed(options: FeedOptions) -> int:
 
 def chat(options: ChatOptions) -> int:
     """Answer each line of standard input."""
-    check_sampling(options.tokens, options.temperature, options.top_p)
+    check_sampling(options.tokens, options.temperature, options.top_p, options.seed)
     with _written(options.session, options) as session, session.episode(options.name):
         for turn, line in enumerate(_lines()):
             ids = session.tokenizer.encode(line)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from miras.nn.folder import model_hash, write_atomically
+from miras.nn.folder import check_place, model_hash, write_atomically
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import StreamState
 
@@ -64,6 +64,20 @@ def save_state(
     }
     write_sealed(Path(path), FORMAT, FORMAT_VERSION, state.tensors(), told)
     return header
+
+
+def check_state_place(flag: str, path: Path | None) -> None:
+    """Raise ValueError, before work starts, when a state cannot be written to `path` or something else is there."""
+    if path is not None:
+        check_place(flag, path, _is_state, "a stream's state")
+
+
+def _is_state(path: Path) -> bool:
+    try:
+        read_header(path)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def read_header(path: str | Path) -> StateHeader:

@@ -9,6 +9,7 @@ from torch import Tensor
 from miras.nn.compiled import Compiled
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Block, StreamState, as_rows, check_ids, read_pieces
+from miras.nn.threads import check_seed
 
 
 class Generation(Iterator[int]):
@@ -59,7 +60,7 @@ def generate(
     what comes next. `compiled`: the tokens run as one compiled graph (`miras.Compiled`). Raises ValueError for
     values that make no sense and ids outside the vocabulary.
     """
-    check_sampling(num_tokens, temperature, top_p)
+    check_sampling(num_tokens, temperature, top_p, seed)
     ids = as_rows(prompt)
     if len(ids) != 1:
         raise ValueError(f"a prompt is one row of tokens, got {len(ids)} rows")
@@ -72,7 +73,7 @@ def generate(
     return Generation(Compiled(model) if compiled else model, state, num_tokens, temperature, top_p, seed)
 
 
-def check_sampling(num_tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(num_tokens: int, temperature: float, top_p: float, seed: int) -> None:
     """Raise ValueError for values that make no sense."""
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
@@ -80,6 +81,7 @@ def check_sampling(num_tokens: int, temperature: float, top_p: float) -> None:
         raise ValueError(f"temperature must be 0 (the most likely token) or more, got {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    check_seed(seed)
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:

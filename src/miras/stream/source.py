@@ -59,12 +59,18 @@ def open_text(name: str) -> IO[bytes]:
 
 
 def text_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """What is in a file, block by block. Raises ValueError when it is damaged."""
+    """What is in a file, block by block. Raises ValueError when it is damaged or empty."""
+    empty = True
     try:
         while block := file.read(BLOCK):
+            empty = False
             yield block
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, not what is in the file
         raise ValueError(f"{name} is damaged or not what its name says ({error})") from error
+    if empty:
+        raise ValueError(f"{'standard input' if name == '-' else name} is empty: nothing to read")
 
 
 def text_tokens(blocks: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:

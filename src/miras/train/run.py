@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from miras.data.tokens import Tokenizer, load_tokenizer, prepare
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, naming, read_config, save_model, write_atomically, write_whole
 from miras.nn.lm import LM
-from miras.nn.threads import set_threads
+from miras.nn.threads import check_seed, set_threads
 from miras.presets import override, preset
 from miras.train.checkpoint import checkpoints, read_checkpoint_config, read_meta
 from miras.train.loop import NonFiniteError, Run
@@ -37,7 +38,7 @@ _PATHS = ("tokenizer",)
 
 def train(options: TrainOptions) -> int:
     """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
     set_threads(options.threads)
     options = _resumed(options)
     _check(options)
@@ -47,13 +48,13 @@ def train(options: TrainOptions) -> int:
     run = _begin(options, config, task)
     extra = tokenizer.files()
     metrics = Metrics(options.out / "metrics.jsonl", run.step)
-    console.print(
-        f"{options.model or options.preset}: {run.model.num_parameters():,} parameters, "
-        f"step {run.step} of {options.steps}, {options.out}"
-    )
     said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     if options.resume:  # the model it began with, also where it goes on without naming it
         said["model"] = read_meta(checkpoints(options.out)[-1])["options"].get("model")
+    console.print(
+        f"{said['model'] or options.preset}: {run.model.num_parameters():,} parameters, "
+        f"step {run.step} of {options.steps}, {options.out}"
+    )
 
     def save() -> Path:
         return run.save(options.out, said, extra, options.keep)
@@ -71,10 +72,9 @@ def train(options: TrainOptions) -> int:
                     break
     except NonFiniteError as error:
         last = checkpoints(options.out)
-        console.print(f"[bold red]stopped:[/] {error}", highlight=False)
+        console.print(f"stopped: {error}", style="bold red")
         console.print(
-            f"The last good checkpoint is {last[-1]}; lower --lr or --clip and add --resume to go on from it.",
-            highlight=False,
+            f"The last good checkpoint is {last[-1]}; lower --lr or --clip and add --resume to go on from it."
         )
         return FAILED
     finally:
@@ -82,7 +82,8 @@ def train(options: TrainOptions) -> int:
     path = save()
     if run.step < options.steps:
         console.print(
-            f"Interrupted. {path} holds everything: `miras train --out {options.out} --resume` goes on from there."
+            f"Interrupted. {path} holds everything: `miras train --out {shlex.quote(str(options.out))} --resume` "
+            f"goes on from there."
         )
         return INTERRUPTED
     save_model(run.model, options.out / "model", extra)
@@ -115,10 +116,17 @@ def _check(options: TrainOptions) -> None:
     for name in ("lr", "clip", "own_lr"):
         # An infinite clip is none.
         if not 0 < getattr(options, name) < math.inf and (name, options.clip) != ("clip", math.inf):
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be positive and finite, got {getattr(options, name)}"
+            )
     for name in ("warmup", "min_lr", "weight_decay", "write_price", "write_price_from", "seed"):
         if not 0 <= getattr(options, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 0, got {getattr(options, name)}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(options, name)}"
+            )
+    check_seed(options.seed)
+    if "" in options.text:
+        raise ValueError("--text has an empty name (a variable that is not set?); name a file or a folder")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
@@ -133,7 +141,8 @@ def _check(options: TrainOptions) -> None:
     if options.resume and not there:
         raise ValueError(f"--resume: {options.out} holds no checkpoint; leave --resume out to begin")
     if options.resume:
-        before = read_meta(there[-1])["options"]
+        meta = read_meta(there[-1])
+        before = meta["options"]
         now = json.loads(json.dumps(dataclasses.asdict(options), default=str))
         changed = [n for n in now if n not in _FREE and n in before and now[n] != before[n]]
         # More steps, another learning rate and the like are a choice; another model or other data an error.
@@ -149,6 +158,8 @@ def _check(options: TrainOptions) -> None:
                 f"--resume: the run began with {begun or 'a fresh model'}, not with {options.model}; the "
                 f"checkpoint holds its model, leave --model out"
             )
+        if options.steps < meta["step"]:
+            raise ValueError(f"--steps {options.steps}: the run has made {meta['step']} steps already")
 
 
 _ADJUSTABLE = ("steps", "lr", "own_lr", "min_lr", "clip", "weight_decay", "write_price", "warmup")
@@ -302,7 +313,7 @@ def progress(console: Console, steps: int, run: Run) -> Iterator[Callable[[dict[
         bar.update(task, completed=row["step"] + 1, said=said)
         every = max(1, steps // 20)
         if not console.is_terminal and ((row["step"] + 1) % every == 0 or row["step"] + 1 == steps):
-            console.print(f"step {row['step'] + 1:.0f}/{steps}  {said}", highlight=False)
+            console.print(f"step {row['step'] + 1:.0f}/{steps}  {said}")
 
     with bar:
         task = bar.add_task("training", total=steps, completed=run.step, said="")

@@ -48,6 +48,7 @@ class TextTask:
         bytes_per_token: float = 1.0,
     ) -> None:
         self.lanes = Lanes(tokens, offsets, batch_size=batch_size, seq_len=seq_len, align=align, seed=seed)
+        self.lanes.steps_per_epoch(micro_batches)  # too few tokens for so many lanes are refused here
         self.data = _hash(tokens, offsets)
         self.micro_batches, self.carry, self.bytes_per_token = micro_batches, carry, bytes_per_token
         self.states: list[LMState | None] = [None] * micro_batches
