@@ -8,7 +8,7 @@ token reads of each token; A, S (B, H, d_in, d_out); first, first_S (R, n, 1), t
 last (R, n, 1), each token's share in S at the chunk's end; carry (R, 1, 1), that of S itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -63,15 +63,15 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         x, keys, d, *others = inputs
-        save_lean(ctx, (x, d), (keys, *others))
+        save_lean(ctx, (x, keys, d), others)
         ctx.set_materialize_grads(False)
         return _stepped(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, d, keys, table, first, A, *momentum = saved_lean(ctx)
+        x, keys, d, table, first, A, *momentum = saved_lean(ctx)
         if torch.is_grad_enabled():
-            return _recorded(ctx, step, grads, (x, keys, d, table, first, A, *momentum))
+            return recorded(ctx.needs_input_grad, step, grads, (x, keys, d, table, first, A, *momentum))
         shape, A = A.shape, _flat(A)
         g = torch.zeros_like(d) if grads[0] is None else grads[0]
         by_A, *by_S = (None if by is None else _flat(by) for by in grads[1:])
@@ -151,14 +151,13 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, *x.shape[-2:])
 
 
-def _recorded(
-    ctx: Any,
+def recorded(
+    needed: Sequence[bool],
     fn: Callable[..., Any],
     grads: tuple[Tensor | None, ...],
     saved: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients through recorded operations, for a caller who wants to differentiate them again."""
-    needed = ctx.needs_input_grad
     with torch.enable_grad():
         # Inputs may depend on each other; aliases do not, so that each gets its own gradient and no other's.
         inputs = [x.view_as(x) for x in saved]
@@ -230,7 +229,7 @@ class _Accumulate(torch.autograd.Function):
         (g,) = grads
         a, b, initial, out = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _recorded(ctx, _accumulated, (g,), (a, b, initial))
+            return recorded(ctx.needs_input_grad, _accumulated, (g,), (a, b, initial))
         by_b = torch.empty_like(b)
         shares, parts = a.unbind(2), list(zip(by_b.unbind(2), g.unbind(2), strict=True))
         after = None

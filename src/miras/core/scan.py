@@ -46,7 +46,7 @@ from miras.core.rule import (
 )
 from miras.core.state import Tree, choose, ordinary
 
-ACTIVATION_BYTES = 144 << 20
+ACTIVATION_BYTES = 168 << 20
 """About as many bytes are kept for the backward pass; chunks before the last ones that fit are recomputed in it."""
 
 
@@ -73,11 +73,24 @@ def scan(
     masks = Masks(valid, write, reset)
     if not rule.retention.linear:
         return recurrence(rule, state, q, k, v, gates, **masks._asdict(), initial=initial, outer=outer)
-    check(rule, state, q, k, v, gates, masks, initial, outer)
+    run = dual if has_dual_form(rule, gates) else formed_per_token
+    return scan_by(run, rule, state, (q, k, v, gates), masks, initial, outer)
+
+
+def scan_by(
+    run: "Run",
+    rule: Rule,
+    state: State,
+    inputs: Inputs,
+    masks: Masks,
+    initial: Tree | None,
+    outer: Tree | None,
+) -> tuple[Tensor, State]:
+    """`scan` of inputs q, k, v, gates, its chunks taken through the memory by `run`."""
+    check(rule, state, *inputs, masks, initial, outer)
     fresh = None if initial is None else init_state(rule, initial)
     steps = rule.algorithm.steps
-    rule, inputs, masks = unrolled(rule, (q, k, v, gates), masks)
-    run = dual if has_dual_form(rule, inputs[3]) else formed_per_token
+    rule, inputs, masks = unrolled(rule, inputs, masks)
     with per_token(steps):
         y, state = chunked(run, rule, state, fresh, inputs, masks, outer or {})
     return y[:, :, steps - 1 :: steps], state
@@ -87,7 +100,7 @@ def has_dual_form(rule: Rule, gates: Tree) -> bool:
     """Whether no weight need be formed per token: no map in the way, matrices, one gate per head."""
     maps = rule.retention.direct and rule.algorithm.direct and not rule.memory.elementwise
     names = (*rule.algorithm.gates, *rule.retention.gates)
-    return maps and all(g.dim() == 3 for n, g in gates.items() if n.split(".")[0] in names)
+    return maps and all(g.dim() < 5 for n, g in gates.items() if n.split(".")[0] in names)
 
 
 def chunked(
@@ -275,7 +288,7 @@ def _activation_bytes(chunks: Chunks, state: State) -> int:
     """About what one chunk keeps for the backward pass: weights, what goes in and out of them, and its tables."""
     n, rows, parts = chunks.q.shape[3], chunks.q.shape[0] * chunks.q.shape[1], 1 + bool(state.S)
     weights = sum(
-        parts * a.shape[-2] * a.shape[-1] + 5 * n * (a.shape[-2] + a.shape[-1]) // 2 for a in state.A.values()
+        parts * a.shape[-2] * a.shape[-1] + 4 * n * (a.shape[-2] + a.shape[-1]) // 2 for a in state.A.values()
     )
     return rows * (weights + 4 * n * n) * chunks.q.element_size()
 

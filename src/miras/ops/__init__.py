@@ -5,8 +5,9 @@ from torch import Tensor
 from miras.core.rule import Masks, Rule, State
 from miras.core.scan import scan as chunkwise
 from miras.core.state import Tree
+from miras.ops import exact, mlp
 from miras.ops.decode import compiles, decode, decodes
-from miras.ops.exact import blockwise, fits
+from miras.ops.exact import blockwise
 
 
 def scan(
@@ -27,7 +28,7 @@ def scan(
     masks = Masks(valid, write, reset)
     if decodes(rule, q, masks):
         return decode(rule, state, q, k, v, gates, initial=initial, outer=outer)
-    run = blockwise if fits(rule, gates) else chunkwise
+    run = blockwise if exact.fits(rule, gates) else mlp.chunkwise if mlp.fits(rule, gates) else chunkwise
     return run(rule, state, q, k, v, gates, **masks._asdict(), initial=initial, outer=outer)
 
 

@@ -1,0 +1,84 @@
+"""The written-out factors of an MLP are the recurrence: values, states, gradients to the second, masks, cuts."""
+
+import itertools
+
+import pytest
+import torch
+
+from cases import Problem, name, same
+from miras.core import scan as scan_module
+from miras.core.algorithm import GradientDescent
+from miras.core.bias import Huber
+from miras.core.memory import MLP
+from miras.core.observe import observe
+from miras.core.retention import Decay, Keep, LqNorm
+from miras.core.rule import Rule, recurrence
+from miras.core.scan import scan as plain
+from miras.ops import scan
+from miras.ops.mlp import fits
+
+RULES = tuple(
+    Rule(MLP(depth, 2, residual, norm), retention=retention, algorithm=algorithm, chunk_size=size)
+    for depth, residual, norm in itertools.product((1, 2, 3), (True, False), (True, False))
+    for retention, algorithm, size in (
+        (Decay(), GradientDescent(momentum=True, step_bound=2.0), 5),
+        (Keep(), GradientDescent(first_order=True), 3),
+        (Keep(), GradientDescent(steps=2), 4),
+    )
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=name)
+def test_it_is_the_recurrence(rule, monkeypatch):
+    problem = Problem(rule, seed=RULES.index(rule), T=19)
+    assert fits(rule, problem.gates)
+    y, state = problem.run(recurrence, [slice(0, problem.T)])
+    wanted = problem.gradients(y, state)
+    for group in (scan_module.ACTIVATION_BYTES, 0):  # and with its chunks recomputed in groups
+        monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", group)
+        fast_y, fast_state = problem.run(scan, problem.cuts())
+        same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
+        same(problem.gradients(fast_y, fast_state), wanted)
+    with torch.no_grad():
+        y2, state2 = problem.run(scan, problem.cuts())
+    same({"y": y2} | state2.tensors(), {"y": y} | state.tensors())
+
+
+@pytest.mark.parametrize("rule", RULES[::3], ids=name)
+def test_second_outer_derivatives(rule):
+    problem = Problem(rule, seed=RULES.index(rule), T=8, B=1, H=1)
+    leaves = list(problem.leaves().values())
+    found = []
+    for function in (scan, plain):
+        y, _ = problem.run(function, [slice(0, problem.T)])
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True, allow_unused=True)
+        total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
+        second = torch.autograd.grad(total, leaves, allow_unused=True)
+        found.append({n: g for n, g in zip(problem.leaves(), second, strict=True) if g is not None})
+    assert len(found[0]) == len(found[1])
+    same(*found, tolerance=1e-7)
+
+
+def test_what_is_watched_is_the_recurrence():
+    problem = Problem(RULES[0], seed=1, T=11)
+    seen = []
+    for function in (recurrence, scan):
+        with torch.no_grad(), observe() as watched:
+            problem.run(function, [slice(0, problem.T)])
+        seen.append(watched["memory"])
+    same(seen[1], seen[0])
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(MLP(bias=True)),
+        Rule(MLP(affine=True)),
+        Rule(MLP(), retention=Decay(decayed=True)),
+        Rule(MLP(), bias=Huber()),
+        Rule(MLP(), retention=LqNorm()),
+    ],
+    ids=name,
+)
+def test_other_rules_have_another_way(rule):
+    assert not fits(rule, {})
