@@ -40,6 +40,23 @@ def test_a_token_costs_one_call_on_one_token(tiny: Make, text: Text, monkeypatch
     assert not any(x.requires_grad for x in run.state.tensors().values())
 
 
+def test_compiled_generation_reads_with_the_step(tiny: Make, text: Text, monkeypatch: pytest.MonkeyPatch):
+    # tests/nn/test_compiled.py compiles; here the step stands in for its graph.
+    model, steps = tiny(), [0]
+
+    def counted(step: Callable[..., object], **_: object) -> Callable[..., object]:
+        def run(*given: object) -> object:
+            steps[0] += 1
+            return step(*given)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", counted)
+    made = list(generate(model, text[:37], 30, temperature=0, compiled=True))
+    assert made == list(generate(model, text[:37], 30, temperature=0))
+    assert 15 < steps[0] < 30  # the others end a chunk
+
+
 def test_the_state_has_read_what_was_handed_out(tiny: Make, text: Text):
     model = tiny()
     whole = list(generate(model, text[:20], 16, temperature=0))
