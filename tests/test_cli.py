@@ -120,8 +120,8 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("eval model --conditions", "name at least one of --conditions"),
         ("generate model", "the prompt is empty"),
         ("generate model --prompt a --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
-        ("generate model --prompt a --seed -1", "a seed must be 0 or more"),
-        ("generate model --prompt a --seed 99999999999999999999", "a seed must be 0 or more and below 2^63"),
+        ("generate model --prompt a --seed -1", "seed must be 0 or more"),
+        ("generate model --prompt a --seed 99999999999999999999", "seed must be 0 or more and below 2^63"),
         ("generate model --prompt a --load-state no.state", "no.state is no file"),
         (
             "generate model --prompt a --save-state text.txt",
@@ -152,7 +152,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --text nowhere.txt", "No such file or folder: 'nowhere.txt'"),
         ("train --out r --text empty.txt", "'empty.txt' is empty"),
         ("train --out r --text junk.bin", "'junk.bin' is not text: it has NUL bytes"),
-        ("train --out r --seed 99999999999999999999", "a seed must be 0 or more and below 2^63"),
+        ("train --out r --seed 99999999999999999999", "seed must be 0 or more and below 2^63"),
         ("train --out r --tokenizer nowhere.json", "No such tokenizer file: 'nowhere.json'"),
         ("train --out r --tokenizer text.txt", "'text.txt' is not a tokenizer file"),
         ("train --out r --model empty", "empty is not a model"),
@@ -175,10 +175,12 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --weight-decay -1", "--weight-decay must be at least 0 and finite, got -1"),
         ("train --out r --write-price -1", "--write-price must be at least 0 and finite, got -1"),
         ("train --out r --beta1 1", "--beta1 must be at least 0 and below 1, got 1"),
-        ("train --out r --seed -1", "--seed must be at least 0 and finite, got -1"),
+        ("train --out r --seed -1", "seed must be 0 or more and below 2^63, got -1"),
+        ("train --out r --threads 1025", "--threads must be 0 (torch's choice) to 1024, got 1025"),
         ("train --out r --threads -1", "--threads must be 0 (torch's choice) to 1024, got -1"),
         ("demo --out r --threads -1", "--threads must be 0 (torch's choice) to 1024, got -1"),
-        ("demo --out r --seed -1", "--seed must be at least 0, got -1"),
+        ("demo --out r --seed -1", "seed must be 0 or more and below 2^63, got -1"),
+        ("demo --out r --seed 99999999999999999999", "seed must be 0 or more and below 2^63"),
         ("demo --out r --needle-bytes 10", "--needle-bytes must be at least 4096, got 10"),
         ("demo --out r --reading-seconds 0", "--reading-seconds must be positive, got 0"),
     ],
@@ -571,3 +573,34 @@ def test_the_systems_end_is_like_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys:
     assert run("info x") == 130
     assert capsys.readouterr().err == "\nmiras: stopped\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+    def twice(arguments: list[str]) -> int:
+        try:
+            return ended(arguments)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # while it saves
+            saved.append(True)
+
+    saved: list[bool] = []
+    monkeypatch.setitem(COMMANDS, "info", twice)
+    assert run("info x") == 130 and saved == [True]
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as nohup's kin ask for
+        assert run("info x") == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_is_there_is_replaced_only_by_its_like(place: Path, capsys: pytest.CaptureFixture[str]):
+    (place / "empty").touch()
+    (place / "link").symlink_to(place / "kept")
+    (place / "lost").symlink_to("/proc/nowhere/x")
+    for state in ("empty", "link", "link"):  # an empty file, a link to nothing yet, and then to a state
+        assert run(f"stream model text.txt --save-state {state}") == 0
+        assert load_state(place / state, build())[1].tokens == (900,)
+    assert (place / "link").is_symlink() and (place / "kept").is_file()
+    for state in ("lost", "x" * 250):
+        assert "cannot be written" in refused(f"stream model text.txt --save-state {state}", capsys)
+    for _ in range(2):
+        assert run("eval model --text text.txt --json curves.json --conditions learning") == 0
+    assert not [path for path in place.iterdir() if path.name.startswith(".")]

@@ -133,8 +133,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Exit status: 0; 1 for a training that stopped at a loss that is not finite; 2 for what the user
-    can mend; 130 after Ctrl-C, or when the system ends the command; 141 for a closed pipe."""
+    """Run a command and return its exit status.
+
+    0; 1 for a training that stopped at a loss that is not finite; 2 for what the user can mend; 130 after Ctrl-C, or
+    when the system ends the command; 141 for a closed pipe.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("MIRAS_DEBUG", "0") not in ("", "0")
     arguments = [each for each in arguments if each != "--debug"]
@@ -176,12 +179,14 @@ def _ends_as_interrupted() -> Iterator[None]:
     """SIGTERM, as a system that shuts down sends it, is Ctrl-C: what was learned so far is saved."""
 
     def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the saving
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

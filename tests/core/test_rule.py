@@ -1,7 +1,11 @@
 """What a rule refuses and how it says so, and which gate reaches which weight."""
 
+import json
 import re
+import sys
+import types
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -58,7 +62,8 @@ def test_an_axis_takes_its_own_kind(field, value, kind, example):
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "16", None])
 def test_a_chunk_is_a_whole_number_of_tokens(size):
-    message = f"Rule: chunk_size must be a whole number of at least 1, got {size!r}"
+    wanted = "at least 1" if type(size) is int else "a whole number"
+    message = f"Rule: chunk_size must be {wanted}, got {size!r}"
     with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
         Rule(chunk_size=size)
 
@@ -106,6 +111,39 @@ def test_a_step_bound_is_not_negative():
 def test_a_choice_holds_what_its_fields_say(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = miras.ModelConfig(
+        hidden_size=np.int64(64), norm_eps=np.float32(0.5), rule=Rule(chunk_size=np.int64(4))
+    )
+    assert '"hidden_size": 64' in json.dumps(config.to_dict()) and config.rule.chunk_size == 4
+    assert type(config.norm_eps) is float
+    assert miras.ModelConfig(rope_theta=10_000).rope_theta == 10_000  # a whole number is one too
+
+
+def test_annotations_that_are_texts_are_read_where_they_can_be():
+    code = """
+from __future__ import annotations
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional
+import miras
+if TYPE_CHECKING:
+    from somewhere import Function
+@dataclass(frozen=True)
+class Mine(miras.L2):
+    size: float = 1.0
+    other: Optional[int] = None
+    function: Function = None
+"""
+    module = types.ModuleType("mine")
+    sys.modules["mine"] = module
+    exec(code, vars(module))
+    assert module.Mine(2, 3, print).function is print
+    for wrong in ({"size": "x"}, {"other": 1.5}):
+        with pytest.raises(ValueError, match="Mine: "):
+            module.Mine(**wrong)
+    del sys.modules["mine"]
 
 
 def test_a_residual_memory_needs_equal_widths():

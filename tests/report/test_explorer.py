@@ -282,6 +282,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> Path:
     save_model(build(), folder / "foreign")
     (folder / "foreign" / "tokenizer.json").write_bytes(bpe.read_bytes())
     (folder / "text.txt").write_bytes(load_novel().heldout[:400])
+    (folder / "text.html").write_bytes(b"<!DOCTYPE html>\n<title>a text</title>")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "nul.txt").write_bytes(b"text\0text")
     (folder / "junk.txt").write_bytes(bytes(range(128, 255)) * 3)
@@ -342,7 +343,8 @@ def test_pieces_of_words_and_models_without_memory_have_pages_too(shared: Path, 
         ("@words @text.txt --load-state @state", "belongs to another model"),
         ("@model @text.txt --load-state @two", "holds 2 streams"),
         ("@model @text.txt --out @model", "is a folder"),
-        ("@model @text.txt --out @text.txt", "exists and is not a page"),
+        ("@model @text.txt --out @text.txt", "exists and is not a page of miras"),
+        ("@model @text.html --out @text.html", "exists and is not a page of miras"),
         ("@model @text.txt --out @text.txt/page.html", "cannot be written"),
     ],
 )

@@ -49,10 +49,15 @@ class _GeluBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         (h,) = grads
         g, x, slope = ctx.saved_tensors
-        bell = torch.addcmul(x.new_tensor(-0.5 * math.log(2 * math.pi)), x, x, value=-0.5).exp_()
-        bend = torch.addcmul(x.new_tensor(2.0), x, x, value=-1).mul_(bell)
+        bend = gelu_bend(x)
         by_g = _GeluBackward.apply(h, x, slope) if torch.is_grad_enabled() else h * slope
         return by_g, bend.mul_(g).mul_(h), None
+
+
+def gelu_bend(x: Tensor) -> Tensor:
+    """gelu'' = (2 - x^2) phi(x), phi the density of the normal distribution."""
+    bell = torch.addcmul(x.new_tensor(-0.5 * math.log(2 * math.pi)), x, x, value=-0.5).exp_()
+    return torch.addcmul(x.new_tensor(2.0), x, x, value=-1).mul_(bell)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -99,7 +104,11 @@ def saved_lean(ctx: Any) -> list[Tensor]:
     return [parts[0] if by is None else by(*parts) for by, parts in lean] + list(kept)
 
 
-def layer_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+EPS = 1e-5
+"""What keeps a layer norm from dividing by 0."""
+
+
+def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last axis, without affine part."""
     if torch.is_grad_enabled():
         return _LayerNorm.apply(x, eps)
@@ -120,7 +129,7 @@ class _LayerNorm(torch.autograd.Function):
         x, mean, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _LayerNormBackward.apply(g, x, mean, scale, ctx.eps), None
-        return _slope(g, x, mean, scale), None
+        return layer_norm_slope(g, x, mean, scale), None
 
 
 class _LayerNormBackward(torch.autograd.Function):
@@ -128,7 +137,7 @@ class _LayerNormBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, eps: float) -> Tensor:
-        slope = _slope(g, x, mean, scale)
+        slope = layer_norm_slope(g, x, mean, scale)
         ctx.save_for_backward(g, x, mean, scale, slope)
         ctx.eps = eps
         return slope
@@ -137,17 +146,25 @@ class _LayerNormBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
         (h,) = grads
         g, x, mu, scale, slope = ctx.saved_tensors
-        mean = lambda a, b: (a * b).mean(-1, keepdim=True)  # noqa: E731
         if torch.is_grad_enabled():  # someone differentiates once more: everything as a function of x
             scale = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
             y = (x - x.mean(-1, keepdim=True)) * scale
-            by_g, slope = (scale * (u - u.mean(-1, keepdim=True) - mean(u, y) * y) for u in (h, g))
+            by_g, slope = (scale * (u - u.mean(-1, keepdim=True) - _mean(u, y) * y) for u in (h, g))
         else:
             y = (x - mu) * scale
-            by_g = _slope(h, x, mu, scale)
-        by_x = mean(g, y) * by_g + mean(h, y) * slope + mean(h, slope) * y
-        return by_g, -scale * by_x, None, None, None
+            by_g = layer_norm_slope(h, x, mu, scale)
+        return by_g, layer_norm_bend(h, g, by_g, slope, y, scale), None, None, None
 
 
-def _slope(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+def layer_norm_bend(h: Tensor, g: Tensor, by_g: Tensor, slope: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """The gradient by x of h . slope(g, x), with by_g = slope(h, x) and y the normalised x."""
+    return -scale * (_mean(g, y) * by_g + _mean(h, y) * slope + _mean(h, slope) * y)
+
+
+def _mean(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).mean(-1, keepdim=True)
+
+
+def layer_norm_slope(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of a layer norm's input x from that of its output g, given x's mean and 1 / deviation."""
     return layer_norm_backward(g, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]

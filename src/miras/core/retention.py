@@ -325,7 +325,7 @@ def _along(A: Tensor, axis: str, function: Callable[[Tensor, int], Tensor]) -> T
 
 
 def _on_simplex(A: Tensor, axis: str, scale: float | None) -> Tensor:
-    total = math.prod(A.shape[d] for d in _DIMS[axis]) ** 0.5 if scale is None else scale
+    total = math.prod([A.shape[d] for d in _DIMS[axis]]) ** 0.5 if scale is None else scale
     return total * _along(A, axis, torch.softmax)
 
 

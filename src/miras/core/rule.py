@@ -15,10 +15,11 @@ from miras.core.memory import Matrix, Memory, Weights
 from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Retention
 from miras.core.state import Record, Tree, choose, ordinary
+from miras.core.typed import Typed
 
 
 @dataclass(frozen=True)
-class Rule:
+class Rule(Typed):
     """A sequence model as memory structure x attentional bias x retention gate x memory algorithm (MIRAS 4.4).
 
     S_t = momentum_t S_{t-1} - lr_t grad_t
@@ -43,10 +44,9 @@ class Rule:
                     f"Rule: {name} must be a {kind.__name__}, got {getattr(self, name)!r}; "
                     f"write for instance Rule({name}={_EXAMPLES[name]})"
                 )
-        if isinstance(self.chunk_size, bool) or not isinstance(self.chunk_size, int) or self.chunk_size < 1:  # pyright: ignore
-            raise ValueError(
-                f"Rule: chunk_size must be a whole number of at least 1, got {self.chunk_size!r}"
-            )
+        super().__post_init__()
+        if self.chunk_size < 1:
+            raise ValueError(f"Rule: chunk_size must be at least 1, got {self.chunk_size}")
         for name in _AXES:
             if reason := getattr(self, name).refusal(self):
                 raise ValueError(

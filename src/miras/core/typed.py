@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from functools import lru_cache
@@ -21,6 +22,9 @@ class Typed:
             if not any(_holds(kind, value) for kind in kinds):
                 wanted = " or ".join(_WORDS[kind] for kind in kinds)
                 raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {value!r}")
+            if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy: JSON has none
+                plain = int(value) if isinstance(value, Integral) else float(value)
+                object.__setattr__(self, name, plain)
 
 
 _WORDS: dict[type, str] = {
@@ -37,17 +41,29 @@ def _holds(kind: type, value: Any) -> bool:
         return isinstance(value, kind)
     if isinstance(value, bool):  # an int to Python, and no number to a user
         return False
-    return isinstance(value, Integral if kind is int else Real) and math.isfinite(typing.cast(Any, value))
+    if isinstance(value, Integral):
+        return True
+    return kind is float and isinstance(value, Real) and math.isfinite(value)
 
 
 @lru_cache(maxsize=256)
 def _declared(cls: Any) -> dict[str, tuple[type, ...]]:
     """The fields that are declared as one or more of the types that are looked at."""
-    hints = typing.get_type_hints(cls)
     found: dict[str, tuple[type, ...]] = {}
     for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        hint = f.type if not isinstance(f.type, str) else _resolved(cls, f.name, f.type)
+        origin = typing.get_origin(hint)
+        holder = isinstance(origin, type) and origin is not types.UnionType  # list[int] and the like
+        kinds = (hint,) if holder else typing.get_args(hint) or (hint,)
         if all(kind in _WORDS for kind in kinds):
             found[f.name] = kinds
     return found
+
+
+def _resolved(cls: Any, name: str, hint: str) -> Any:
+    """What an annotation that is a text means where it stands, or None where only a type checker could tell."""
+    home = next(c for c in cls.__mro__ if name in vars(c).get("__annotations__", {}))
+    try:
+        return eval(hint, dict(vars(sys.modules[home.__module__])))
+    except NameError:
+        return None

@@ -15,7 +15,7 @@ from miras.demo.needle_act import needle_act
 from miras.demo.options import DemoOptions
 from miras.demo.reading_act import reading_act, surprise_act
 from miras.nn.lm import LM
-from miras.nn.threads import set_threads
+from miras.nn.threads import check_seed, set_threads
 from miras.report import (
     DemoReport,
     Header,
@@ -43,8 +43,7 @@ def demo(options: DemoOptions) -> int:
         raise ValueError(f"--needle-bytes must be at least 4096, got {options.needle_bytes}")
     if not options.reading_seconds > 0:
         raise ValueError(f"--reading-seconds must be positive, got {options.reading_seconds}")
-    if options.seed < 0:
-        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    check_seed(options.seed)
     console = Console()
     whole = Clock()
     options.out.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,9 @@ class AttentionReader(Mixer):
         size = None if self.window_size is None else self.window_size * self.keys_per_token
         return init_window(rows, self.num_heads, self.head_dim, size, like)
 
+    def inside(self, state: Window) -> bool:
+        return True
+
     def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
         return self.attend(x, x, state, rows)
 
@@ -98,6 +101,9 @@ class AttentionLayer(Mixer):
 
     def initial(self, rows: int, like: Tensor) -> Window:
         return self.reader.initial(rows, like)
+
+    def inside(self, state: Window) -> bool:
+        return True
 
     def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
         y, state = self.reader.mix(x, state, rows)

@@ -61,7 +61,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     with naming(path):
         path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(DRAFT, f".{path.name}.", path.parent)
+        handle, temporary = _draft(path)
         os.close(handle)
         try:
             _write(Path(temporary), data)
@@ -77,18 +77,25 @@ def check_place(flag: str, path: Path, ours: Callable[[Path], bool], kind: str) 
 
     `ours` tells whether a file that is there is an older one of its `kind`, which may be replaced.
     """
-    if path.is_dir():
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
         raise ValueError(f"{flag} {path} is a folder; name a file in it")
-    if path.exists() and not (path.is_file() and ours(path)):
+    if real.exists() and not (real.is_file() and (not real.stat().st_size or ours(real))):
         raise ValueError(f"{flag} {path} exists and is not {kind}; name another file, or remove it first")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        real.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = _draft(real)
+        os.close(handle)
+        os.unlink(draft)
     except OSError as error:
         raise ValueError(
             f"{flag} {path} cannot be written ({error.strerror}); name a file where you may write"
         ) from error
+
+
+def _draft(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, open, and its name."""
+    return tempfile.mkstemp(DRAFT, f".{path.name}.", path.parent)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -232,7 +239,10 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt or cut off: {error}") from error
     if "sha256" in told and _digest(stored) != told["sha256"]:  # what others wrote has none
-        raise ValueError(f"{file} is corrupt: its checksum differs, a byte has changed since it was saved")
+        raise ValueError(
+            f"{file} is corrupt: its checksum differs, a byte has changed since it was saved (a tool that changes "
+            f"weights must not keep the `sha256` of the metadata)"
+        )
     expected = weights(model)
     wrong = [n for n in expected if n not in stored or stored[n].shape != expected[n].shape]
     if wrong or len(stored) != len(expected):

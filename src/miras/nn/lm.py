@@ -123,6 +123,11 @@ class Reader(nn.Module):
 
         Raises ValueError for other tokens, and for a state of other rows or layers.
         """
+        state = self.check(tokens, state)
+        return self._through(tokens, state, pack((tokens.shape[0], tokens.shape[1]), valid, write, reset))
+
+    def check(self, tokens: Tensor, state: LMState | None) -> LMState:
+        """The state to begin with. Raises ValueError as `read` does."""
         embedded = tokens.dim() == 3 and tokens.is_floating_point()
         if not embedded and (tokens.dim() != 2 or tokens.dtype != torch.long):
             raise ValueError(f"LM: tokens must be (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
@@ -132,10 +137,10 @@ class Reader(nn.Module):
                 f"LM: the state has {state.tokens.shape[0]} rows and {len(state.layers)} layers, the tokens "
                 f"{tokens.shape[0]} rows and the model {len(self.layers)} layers"
             )
-        return self._through(tokens, state, pack((tokens.shape[0], tokens.shape[1]), valid, write, reset))
+        return state
 
     def step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        """`read` for tokens (B, 1) where `inside(state)`: it looks at no number to decide what to do."""
+        """`read` for tokens (B, 1) where `inside(state)`, without a gradient: no number decides what is done."""
         return self._through(tokens, state, Rows(inside=True))
 
     def inside(self, state: LMState) -> bool:
@@ -221,7 +226,10 @@ class LM(nn.Module):
         return self.model(tokens, state, valid=valid, write=write, reset=reset)
 
     def step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        """A call for one token of each row, (B, 1), where `model.inside(state)`: what `compiled` compiles."""
+        """A call for one token of each row, (B, 1), without a gradient, where `model.inside(state)`.
+
+        It is what `Compiled` compiles.
+        """
         x, state = self.model.step(tokens, state)
         return self.lm_head(x), state
 

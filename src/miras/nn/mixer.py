@@ -26,8 +26,11 @@ class Mixer(nn.Module, ABC):
         """x (B, T, hidden) with its rows filled from the front -> (y, state)."""
 
     def inside(self, state: Any) -> bool:
-        """Whether one more token of every row begins no segment and ends no chunk, and could be compiled."""
-        return True
+        """Whether one more token of every row begins no segment and ends no chunk, and can be compiled.
+
+        A subclass may define it; without it no token of the mixer is compiled.
+        """
+        return False
 
     def forward(
         self,

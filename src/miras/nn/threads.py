@@ -17,4 +17,4 @@ def set_threads(threads: int) -> None:
 def check_seed(seed: int) -> None:
     """Raise ValueError for a seed that random number generators do not take."""
     if not 0 <= seed < 1 << 63:
-        raise ValueError(f"a seed must be 0 or more and below 2^63, got {seed}")
+        raise ValueError(f"seed must be 0 or more and below 2^63, got {seed}")

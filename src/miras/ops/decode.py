@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miras.core.activation import gelu_backward
+from miras.core.activation import EPS, gelu_backward
 from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix
 from miras.core.observe import observing
@@ -36,26 +36,17 @@ Backward = Callable[[Tensor], tuple[Tree, Tree]]
 
 def decodes(rule: Rule, q: Tensor, masks: Masks) -> bool:
     """Whether these tokens have a form for one token at a time."""
-    return (
-        q.dim() == 4
-        and q.shape[2] == 1
-        and not torch.is_grad_enabled()
-        and type(rule.memory) in _APPLY
-        and rule.algorithm.steps == 1
-        and rule.retention.linear
-        and all(mask is None for mask in masks)
-        and observing() is None
-    )
+    one = q.dim() == 4 and q.shape[2] == 1 and all(mask is None for mask in masks)
+    return one and not torch.is_grad_enabled() and _has_form(rule) and observing() is None
 
 
 def compiles(rule: Rule) -> bool:
     """Whether `decode` with `inside` is plain operations on tensors for this rule, which can be compiled as one."""
-    return (
-        type(rule.memory) in _APPLY
-        and type(rule.bias) in (L2, Dot)
-        and rule.algorithm.steps == 1
-        and rule.retention.linear
-    )
+    return _has_form(rule) and type(rule.bias) in (L2, Dot)
+
+
+def _has_form(rule: Rule) -> bool:
+    return type(rule.memory) in _APPLY and rule.algorithm.steps == 1 and rule.retention.linear
 
 
 @ordinary
@@ -73,8 +64,10 @@ def decode(
 ) -> tuple[Tensor, State]:
     """`recurrence` for one token without masks, of what `decodes` accepts: the same arguments, the same numbers.
 
-    `inside` says that they fit together and that the token ends no chunk of several tokens: nothing is asked.
+    `inside` says that they fit together and that the token ends no chunk of several tokens: nothing is asked. No
+    gradient may be recorded.
     """
+    assert not torch.is_grad_enabled()
     if not inside:
         check(rule, state, q, k, v, gates, Masks(), initial, outer)
     apply = _APPLY[type(rule.memory)]
@@ -105,21 +98,20 @@ def decode(
     y, _ = apply(rule.memory, link(rule, A), apart, q.flatten(0, 1))
 
     back = lambda tree: {n: x.view(state.A[n].shape) for n, x in tree.items()}  # noqa: E731
-    if rule.chunk_size == 1 or inside:
-        last = [rule.chunk_size == 1]
-    else:
-        last = [phase + 1 == rule.chunk_size for phase in state.phase.tolist()]
+    ends = [rule.chunk_size == 1]
+    if rule.chunk_size > 1 and not inside:
+        ends = [phase + 1 == rule.chunk_size for phase in state.phase.tolist()]
     after = State(
         A=back(A),
         S=back(S),
         anchor=state.anchor,
         phase=state.phase + 1,
         retained=back(retained),
-        recent=state.recent if all(last) else _met(state, k, sizes),
+        recent=state.recent if all(ends) else _met(state, k, sizes),
     )
-    if all(last):
+    if all(ends):
         after = close_chunk(rule, after)
-    elif any(last):
+    elif any(ends):
         after = choose(after.phase == rule.chunk_size, close_chunk(rule, after), after)
     return y.view(v.shape), after
 
@@ -163,7 +155,7 @@ def _mlp(memory: MLP, W: Tree, outer: Tree, x: Tensor) -> tuple[Tensor, Backward
         outs.append(y)
     normed = scale = y
     if memory.norm:
-        y, _, scale = torch.native_layer_norm(y, y.shape[-1:], None, None, 1e-5)
+        y, _, scale = torch.native_layer_norm(y, y.shape[-1:], None, None, EPS)
         normed = y
     if memory.affine:
         y = y * outer["gain"] + outer["shift"]

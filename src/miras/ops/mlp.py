@@ -14,9 +14,18 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from miras.core.activation import gelu, gelu_backward, layer_norm_backward, made
+from miras.core.activation import (
+    EPS,
+    gelu,
+    gelu_backward,
+    gelu_bend,
+    layer_norm_bend,
+    layer_norm_slope,
+    made,
+)
 from miras.core.bias import L2
 from miras.core.dual import recorded
 from miras.core.memory import MLP
@@ -24,8 +33,6 @@ from miras.core.observe import observing
 from miras.core.rule import Masks, Rule, State
 from miras.core.scan import Coefficients, dual, has_dual_form, scan_by
 from miras.core.state import Tree, ordinary
-
-EPS = 1e-5
 
 
 def fits(rule: Rule, gates: Tree) -> bool:
@@ -89,14 +96,14 @@ def _forward(
     hs = [torch.bmm(k, weights[0])]
     xs: list[Tensor] = []
     for W in weights[1:]:
-        xs.append(torch.nn.functional.gelu(hs[-1]))
+        xs.append(F.gelu(hs[-1]))
         hs.append(torch.bmm(xs[-1], W))
     z = hs.pop()
     e, stats = z, ()
     if norm:
         e, *stats = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
     e = (e + k if residual else e) - v
-    ds = [_through_norm(e, z, *stats) if norm else e]
+    ds = [layer_norm_slope(e, z, *stats) if norm else e]
     for W, h in zip(reversed(weights[1:]), reversed(hs), strict=True):
         ds.insert(0, gelu_backward(torch.bmm(ds[0], W.mT), h))
     return (*xs, *ds, *hs), (z, *stats)
@@ -154,7 +161,7 @@ class _Factors(torch.autograd.Function):
             g = by_d[i]
             if g is None:
                 continue
-            bent = _bend(h).mul_(torch.bmm(d, weights[i + 1].mT)).mul_(g)
+            bent = gelu_bend(h).mul_(torch.bmm(d, weights[i + 1].mT)).mul_(g)
             by_h[i] = bent if by_h[i] is None else bent.add_(by_h[i])
             through = g * slope
             by_W[i + 1] = torch.bmm(through.mT, d)
@@ -169,17 +176,15 @@ class _Factors(torch.autograd.Function):
             mean, scale = stats
             normed = (z - mean).mul_(scale)
             e = (normed + k if residual else normed) - v
-            by_e = _through_norm(g, z, mean, scale)
-            curved = _mean(e, normed) * by_e
-            d = _through_norm(e, z, mean, scale)
-            curved.addcmul_(_mean(g, normed), d).addcmul_(_mean(g, d), normed)
-            by_z = _through_norm(by_e, z, mean, scale).addcmul_(curved, scale, value=-1)
+            by_e = layer_norm_slope(g, z, mean, scale)
+            d = layer_norm_slope(e, z, mean, scale)
+            by_z = layer_norm_slope(by_e, z, mean, scale).add_(layer_norm_bend(g, e, by_e, d, normed, scale))
         by_k = by_e.clone() if residual else torch.zeros_like(k)
 
         # Back through h_i = x_i W_i, x_{i+1} = gelu(h_i).
         back = by_z
         for i in range(depth - 1, -1, -1):
-            x = torch.nn.functional.gelu(hs[i - 1]) if i else k
+            x = F.gelu(hs[i - 1]) if i else k
             W = by_W[i]
             by_W[i] = torch.bmm(x.mT, back) if W is None else W.baddbmm_(x.mT, back)
             if i == 0:
@@ -194,15 +199,6 @@ class _Factors(torch.autograd.Function):
         return None, None, by_k, -by_e, *by_W
 
 
-def _through_norm(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of a layer norm's input."""
-    return layer_norm_backward(g, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]
-
-
-def _mean(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).mean(-1, keepdim=True)
-
-
 def _phi(x: Tensor) -> Tensor:
     """The normal distribution's function."""
     return 0.5 * (1 + torch.erf(x * 0.5**0.5))
@@ -211,10 +207,3 @@ def _phi(x: Tensor) -> Tensor:
 def _bell(x: Tensor) -> Tensor:
     """The normal distribution's density."""
     return (-0.5 * x.square() - 0.5 * math.log(2 * math.pi)).exp()
-
-
-def _bend(x: Tensor) -> Tensor:
-    """gelu'', (2 - x^2) times the density."""
-    square = x * x
-    bell = square.mul(-0.5).sub_(0.5 * math.log(2 * math.pi)).exp_()
-    return torch.rsub(square, 2).mul_(bell)

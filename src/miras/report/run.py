@@ -28,7 +28,7 @@ def report(options: ReportOptions) -> int:
         raise ValueError(
             f"--tokens must be positive, or 0 to read all of the text; it cannot be {options.tokens}"
         )
-    check_place("--out", options.out, is_page, "a page")
+    check_place("--out", options.out, is_page, "a page of miras")
     model, tokenizer = open_model(options.model, options.trust_remote_code)
     check_layers(model, options.layers)
     state = None if options.load_state is None else load_state(options.load_state, model)[0]
@@ -69,9 +69,9 @@ def report(options: ReportOptions) -> int:
 
 
 def is_page(path: Path) -> bool:
-    """Whether a file is a page, such as this command writes."""
+    """Whether a file is a page that miras wrote."""
     with path.open("rb") as file:
-        return file.read(64).lstrip().lower().startswith(b"<!doctype html")
+        return b'<meta name="generator" content="miras">' in file.read(256)
 
 
 def named(folder: Path) -> str:

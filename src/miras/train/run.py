@@ -119,7 +119,7 @@ def _check(options: TrainOptions) -> None:
             raise ValueError(
                 f"--{name.replace('_', '-')} must be positive and finite, got {getattr(options, name)}"
             )
-    for name in ("warmup", "min_lr", "weight_decay", "write_price", "write_price_from", "seed"):
+    for name in ("warmup", "min_lr", "weight_decay", "write_price", "write_price_from"):
         if not 0 <= getattr(options, name) < math.inf:
             raise ValueError(
                 f"--{name.replace('_', '-')} must be at least 0 and finite, got {getattr(options, name)}"
