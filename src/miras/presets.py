@@ -19,19 +19,20 @@ said to do.
 
 import dataclasses
 import difflib
+import math
 from typing import Any
 
 import torch
 
 from miras.core.algorithm import GradientDescent, Implicit
-from miras.core.bias import Dot, Huber, Lp
+from miras.core.bias import L2, Dot, Huber, Lp
 from miras.core.memory import MLP, Matrix
 from miras.core.retention import Decay, Keep, LqNorm, Simplex
 from miras.core.rule import Rule
 from miras.nn.config import AXES, ModelConfig
 from miras.nn.gates import ALWAYS, NEVER, Gate
 from miras.nn.lm import LM
-from miras.nn.memory import Features
+from miras.nn.memory import DEFAULT_GATES, Features
 
 TITANS = {
     "rule": Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
@@ -234,7 +235,11 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
 
 
 def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
-    """The config with some fields changed, as `preset` takes them."""
+    """The config with some fields changed, as `preset` takes them.
+
+    An exact rule that corrects an error (chunk_size 1, L2) and is given chunks takes their step bound with them, or
+    one key repeated through a chunk would make it diverge; an `algorithm` of your own is taken as it is.
+    """
     parts = (*AXES, "chunk_size")
     known = [*(f.name for f in dataclasses.fields(ModelConfig)), *parts]
     for field in overrides:
@@ -243,6 +248,12 @@ def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
     values = dict(overrides)
     rule = values.get("rule", config.rule)
     rule = dataclasses.replace(rule, **{part: values.pop(part) for part in parts if part in values})
+    exact = config.rule.chunk_size == 1 and isinstance(rule.bias, L2) and not rule.algorithm.step_bound
+    if exact and rule.chunk_size > 1 and not overrides.keys() & {"rule", "algorithm"}:
+        lr = values.get("gates", {}).get("lr", config.gates.get("lr", DEFAULT_GATES["lr"]))
+        largest = lr.largest(config.num_heads)
+        bound = 1 / largest if 1 < largest < math.inf else 1.0
+        rule = dataclasses.replace(rule, algorithm=dataclasses.replace(rule.algorithm, step_bound=bound))
     weights = ("", *rule.memory.shapes(2, 2))
     own = {
         n: g

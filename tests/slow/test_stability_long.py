@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from miras.presets import presets
+
 SHORT = spec_from_file_location("stability", Path(__file__).parents[1] / "nn" / "test_stability.py")
 assert SHORT is not None and SHORT.loader is not None
 short = module_from_spec(SHORT)
@@ -14,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.mark.parametrize("chunk_size", [16, 64])
-@pytest.mark.parametrize("name", short.CHUNKED)
+@pytest.mark.parametrize("name", presets())
 def test_default_gates(name, chunk_size):
     short.stays_finite(name, chunk_size, 20_000)
 
