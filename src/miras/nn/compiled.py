@@ -1,5 +1,6 @@
 """Decoding as one compiled graph, where nothing but arithmetic happens: inside chunks and segments."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -23,19 +24,29 @@ class Compiled:
     def __init__(self, model: LM, **options: Any) -> None:
         self.model = model
         self._step = torch.compile(model.step, fullgraph=True, **options)
+        self._made: weakref.ref[Any] | None = None  # saves looking at a hundred tensors for each token
 
     def __call__(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
         if state is None or not self._fits(tokens, state):
             return self.model(tokens, state)
-        plain = LMState(state.layers, state.tokens).map(_plain)
+        plain = LMState(state.layers, state.tokens)
+        if not self._is_own(state):
+            plain = plain.map(_plain)
         try:
-            return self._step(tokens, plain)
+            logits, after = self._step(tokens, plain)
         except FailOnRecompileLimitHit:  # so many other models and sizes were compiled before
             return self.model(tokens, state)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2])
             wanted = "; name a C++ compiler in CXX, or use the model as it is" if "Cxx" in reason else ""
             raise OSError(f"torch.compile failed: {reason}{wanted}") from error
+        self._made = weakref.ref(after.layers[0])
+        return logits, after
+
+    def _is_own(self, state: LMState) -> bool:
+        """Whether the graph made this state and can take it as it is; at chunks of one some tensors are in it twice."""
+        own = self._made is not None and self._made() is state.layers[0]
+        return own and self.model.config.rule.chunk_size > 1
 
     def _fits(self, tokens: Tensor, state: LMState) -> bool:
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or observing() is not None:
