@@ -44,7 +44,7 @@ class Compiled:
         return logits, after
 
     def _is_own(self, state: LMState) -> bool:
-        """Whether the graph made this state and can take it as it is; at chunks of one some tensors are in it twice."""
+        """Whether the graph made this state and can take it; at chunks of one some tensors are in it twice."""
         own = self._made is not None and self._made() is state.layers[0]
         return own and self.model.config.rule.chunk_size > 1
 
