@@ -4,6 +4,7 @@ import itertools
 import random
 import re
 import zlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -263,3 +264,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-9) ->
         assert x.shape == y.shape and x.isfinite().all(), n
         gap, size = (x - y).abs().max().item(), y.abs().max().item()
         assert gap <= tolerance * max(size, 1e-12), f"{n}: off by {gap:.3g}, largest entry {size:.3g}"
+
+
+def second_derivatives(problem: Problem, function: Callable) -> dict[str, Tensor]:
+    """Gradients, by every leaf, of the squared size of the gradients of what is read; 0 where there is none."""
+    leaves = problem.leaves()
+    y, _ = problem.run(function, [slice(0, problem.T)])
+    first = torch.autograd.grad(y.square().sum(), list(leaves.values()), create_graph=True, allow_unused=True)
+    total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
+    second = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), second, strict=True)
+    }

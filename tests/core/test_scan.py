@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import RULES, Problem, name, same
+from cases import RULES, Problem, name, same, second_derivatives
 from miras.core import scan as scan_module
 from miras.core.observe import observe
 from miras.core.retention import LqNorm
@@ -118,17 +118,4 @@ SECOND = [rule for rule in RULES if rule.chunk_size == 3][:: len(RULES) // 12]
 def test_second_outer_derivatives(rule, monkeypatch):
     monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
     problem = Problem(rule, seed=RULES.index(rule) + 7000, T=7, B=1, H=1)
-    leaves = list(problem.leaves().values())
-    found = []
-    for function in (scan, recurrence):
-        y, _ = problem.run(function, [slice(0, problem.T)])
-        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True, allow_unused=True)
-        total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
-        second = torch.autograd.grad(total, leaves, allow_unused=True)
-        found.append(
-            {
-                n: torch.zeros_like(x) if g is None else g
-                for n, x, g in zip(problem.leaves(), leaves, second, strict=True)
-            }
-        )
-    same(*found, tolerance=1e-7)
+    same(*(second_derivatives(problem, function) for function in (scan, recurrence)), tolerance=1e-7)

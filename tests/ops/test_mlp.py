@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cases import Problem, name, same
+from cases import Problem, name, same, second_derivatives
 from miras.core import scan as scan_module
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import Huber
@@ -47,16 +47,7 @@ def test_it_is_the_recurrence(rule, monkeypatch):
 @pytest.mark.parametrize("rule", RULES[::3], ids=name)
 def test_second_outer_derivatives(rule):
     problem = Problem(rule, seed=RULES.index(rule), T=8, B=1, H=1)
-    leaves = list(problem.leaves().values())
-    found = []
-    for function in (scan, plain):
-        y, _ = problem.run(function, [slice(0, problem.T)])
-        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True, allow_unused=True)
-        total = sum(g.square().sum() for g in first if g is not None and g.requires_grad)
-        second = torch.autograd.grad(total, leaves, allow_unused=True)
-        found.append({n: g for n, g in zip(problem.leaves(), second, strict=True) if g is not None})
-    assert len(found[0]) == len(found[1])
-    same(*found, tolerance=1e-7)
+    same(*(second_derivatives(problem, function) for function in (scan, plain)), tolerance=1e-7)
 
 
 def test_what_is_watched_is_the_recurrence():

@@ -1,15 +1,19 @@
 """Faster ways to the numbers of core, chosen in one place."""
 
+from functools import partial
+
 from torch import Tensor
 
 from miras.core.rule import Masks, Rule, State
+from miras.core.scan import dual, scan_by
 from miras.core.scan import scan as chunkwise
-from miras.core.state import Tree
+from miras.core.state import Tree, ordinary
 from miras.ops import exact, mlp
 from miras.ops.decode import compiles, decode, decodes
 from miras.ops.exact import blockwise
 
 
+@ordinary
 def scan(
     rule: Rule,
     state: State,
@@ -28,7 +32,10 @@ def scan(
     masks = Masks(valid, write, reset)
     if decodes(rule, q, masks):
         return decode(rule, state, q, k, v, gates, initial=initial, outer=outer)
-    run = blockwise if exact.fits(rule, gates) else mlp.chunkwise if mlp.fits(rule, gates) else chunkwise
+    if mlp.fits(rule, gates):
+        run = partial(dual, factors=mlp.factors)
+        return scan_by(run, rule, state, (q, k, v, gates), masks, initial, outer)
+    run = blockwise if exact.fits(rule, gates) else chunkwise
     return run(rule, state, q, k, v, gates, **masks._asdict(), initial=initial, outer=outer)
 
 

@@ -30,36 +30,17 @@ from miras.core.bias import L2
 from miras.core.dual import recorded
 from miras.core.memory import MLP
 from miras.core.observe import observing
-from miras.core.rule import Masks, Rule, State
-from miras.core.scan import Coefficients, dual, has_dual_form, scan_by
-from miras.core.state import Tree, ordinary
+from miras.core.rule import Rule, State
+from miras.core.scan import Coefficients, has_dual_form
+from miras.core.state import Tree
 
 
 def fits(rule: Rule, gates: Tree) -> bool:
     """Whether a rule with these gates has this form."""
     memory = rule.memory
     plain = type(memory) is MLP and not (memory.bias or memory.affine) and type(rule.bias) is L2
-    return plain and not rule.retention.decayed and rule.retention.linear and has_dual_form(rule, gates)
-
-
-@ordinary
-def chunkwise(
-    rule: Rule,
-    state: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tree,
-    *,
-    valid: Tensor | None = None,
-    write: Tensor | None = None,
-    reset: Tensor | None = None,
-    initial: Tree | None = None,
-    outer: Tree | None = None,
-) -> tuple[Tensor, State]:
-    """`recurrence` for rules that `fits` accepts: the same arguments, the same numbers."""
-    run = dual if observing() else partial(dual, factors=factors)
-    return scan_by(run, rule, state, (q, k, v, gates), Masks(valid, write, reset), initial, outer)
+    direct = not rule.retention.decayed and rule.retention.linear and has_dual_form(rule, gates)
+    return plain and direct and observing() is None  # an observer wants the inner loss too
 
 
 def factors(
