@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib
-import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -201,7 +200,8 @@ class ModelConfig(Typed):
     def from_dict(values: Mapping[str, Any], *, trust_remote_code: bool = False) -> "ModelConfig":
         """The config that `to_dict` wrote. Raises ValueError for unknown names or a newer format.
 
-        `trust_remote_code` allows it to import and run what it names by import path; functions of torch always may.
+        `trust_remote_code` allows it to import and run what it names by import path. Without it, choices are the library's own and functions
+        those of `FUNCTIONS`.
         """
         plain = dict(values)
         version = plain.pop("format_version", None)
@@ -250,20 +250,32 @@ def _built(axis: str, values: Mapping[str, Any], trusted: bool) -> Any:
     options = dict(values)
     name = options.pop("name")
     kinds = {kind.__name__: kind for kind in AXES[axis]}
-    if ":" in name:
-        kind = _imported(name, trusted)
-    elif name in kinds:
-        kind = kinds[name]
-    else:
+    if name not in kinds and ":" not in name:
         raise ValueError(f"ModelConfig: unknown {axis} {name!r}; known are {', '.join(kinds)}")
+    kind = kinds[name] if name in kinds else _imported(name, trusted)
+    base = AXES[axis][0].__base__
+    assert base is not None
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise ValueError(f"ModelConfig: {axis} {name!r} is not a subclass of {base.__name__}")
     for field_name, value in options.items():
         if isinstance(value, Mapping) and set(value) == {"function"}:
-            options[field_name] = _imported(value["function"], trusted)
+            options[field_name] = _function(value["function"], trusted)
     return kind(**options)
 
 
 TORCH: dict[str, Any] = {"torch": torch, "torch.nn.functional": F}
-"""Modules whose functions a config may name without being trusted."""
+"""Modules whose functions are written by the name they have there."""
+
+FUNCTIONS = frozenset(
+    {
+        *(f"torch:{n}" for n in ("exp", "exp2", "expm1", "sinh", "asinh", "atan", "erf")),
+        *(f"torch:{n}" for n in ("celu", "relu", "selu", "sigmoid", "tanh")),
+        *(f"torch.nn.functional:{n}" for n in ("celu", "elu", "gelu", "leaky_relu", "mish")),
+        *(f"torch.nn.functional:{n}" for n in ("relu", "selu", "sigmoid", "silu", "softplus", "softsign")),
+        *(f"torch.nn.functional:{n}" for n in ("hardsigmoid", "hardtanh", "tanh", "tanhshrink")),
+    }
+)
+"""Functions that a config may name without being trusted: of one tensor, elementwise, and of nothing else."""
 
 
 def _path(thing: Any) -> str:
@@ -285,17 +297,21 @@ def _path(thing: Any) -> str:
     return path
 
 
+def _function(path: str, trusted: bool) -> Any:
+    if path in FUNCTIONS:
+        module, _, name = path.partition(":")
+        return getattr(TORCH[module], name)
+    return _imported(path, trusted)
+
+
 def _imported(path: str, trusted: bool) -> Any:
     """What an import path names. Raises ValueError when that is not allowed, or not there."""
-    module, _, name = path.partition(":")
     if not trusted:
-        found = getattr(TORCH.get(module), name, None)
-        if isinstance(found, types.BuiltinFunctionType) or (module == F.__name__ and callable(found)):
-            return found
         raise ValueError(
             f"ModelConfig: this config names code to import and run, {path}, that is not part of miras; if you trust "
             f"it, read it with trust_remote_code=True (--trust-remote-code on the command line)"
         )
+    module, _, name = path.partition(":")
     try:
         found = importlib.import_module(module)
         for part in name.split("."):
