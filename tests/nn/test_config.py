@@ -82,10 +82,24 @@ def test_functions():
     with refused("define it by name at the top level of a module"):
         preset("titans-linear", retention=Bregman(lambda x: x), **SMALL).to_dict()
     evil = own.to_dict()
-    for path in ("torch:load", "torch.hub:load", "os:system", "torch:serialization.load", "torch:"):
+    paths = ("torch:load", "torch.hub:load", "os:system", "torch:serialization.load", "torch:")
+    for path in (*paths, "torch:from_file", "torch:set_num_threads", "torch.nn.functional:dropout"):
         evil["rule"]["retention"]["inverse"] = {"function": path}
         with refused("names code to import and run"):
             ModelConfig.from_dict(evil)
+
+
+@pytest.mark.parametrize("axis", ["memory", "bias", "retention", "algorithm"])
+def test_a_choice_names_nothing_that_is_called_with_a_files_values(axis, tmp_path):
+    """`torch.from_file` with the values of a file would make, grow and damage any file of the user's."""
+    victim = tmp_path / "victim"
+    evil = preset("titans-linear", **SMALL).to_dict()
+    evil["rule"][axis] = {"name": "torch:from_file", "filename": str(victim), "shared": True, "size": 1000}
+    with refused("names code to import and run, torch:from_file"):
+        ModelConfig.from_dict(evil)
+    with refused(f"{axis} 'torch:from_file' is not a subclass of {axis.title()}"):
+        ModelConfig.from_dict(evil, trust_remote_code=True)
+    assert not victim.exists()
 
 
 def test_only_what_is_new_and_used_is_written():
