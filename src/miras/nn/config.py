@@ -200,8 +200,8 @@ class ModelConfig(Typed):
     def from_dict(values: Mapping[str, Any], *, trust_remote_code: bool = False) -> "ModelConfig":
         """The config that `to_dict` wrote. Raises ValueError for unknown names or a newer format.
 
-        `trust_remote_code` allows it to import and run what it names by import path. Without it, choices are the library's own and functions
-        those of `FUNCTIONS`.
+        `trust_remote_code` allows it to import and run what it names by import path. Without it, choices are the
+        library's own, and functions those of `FUNCTIONS`.
         """
         plain = dict(values)
         version = plain.pop("format_version", None)
