@@ -39,11 +39,11 @@ from miras.nn.folder import load_model, save_model, write_atomically
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.reading import read_pieces
-from miras.presets import preset
 from miras.stream.files import load_state, save_state
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask
+from miras.zoo import preset
 
 MODELS = ("titans-mac", "titans-mag")
 PIECE, ROW, EARLY, SAVED = 1024, 102_400, 102_400, 1_024_000

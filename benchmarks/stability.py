@@ -24,10 +24,10 @@ from miras.core.observe import observe
 from miras.data.novel import load_novel
 from miras.nn.folder import write_atomically
 from miras.nn.lm import LM
-from miras.presets import preset, presets
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask
+from miras.zoo import preset, presets
 
 MEMORIES = tuple(name for name in presets() if set(preset(name).pattern) != {"attention"})
 CHUNKS = {name: (16, 64) for name in ("titans-lmm", "titans-mag", "swa-lmm")}

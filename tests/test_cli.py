@@ -20,9 +20,9 @@ from miras.data.tokens import ByteTokenizer
 from miras.nn.folder import model_hash, save_model
 from miras.nn.lm import LM
 from miras.options import EvalOptions, InfoOptions, StreamOptions
-from miras.presets import preset
 from miras.stream import load_state, read, source
 from miras.train.options import TrainOptions
+from miras.zoo import preset
 
 TEXT = load_novel().heldout[:900]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 8, "window_size": 16}

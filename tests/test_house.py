@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: import arrows, what is cheap to import, what is pinned."""
 
 import ast
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import miras
+
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "miras"
 
@@ -18,7 +21,7 @@ LEVELS = [
     {"core"},
     {"ops"},
     {"nn"},
-    {"presets"},
+    {"zoo"},
     {"train", "evaluate", "stream", "report"},
     {"session"},
     {"demo", "hf", "options", "commands", "cli", "__main__"},
@@ -111,8 +114,8 @@ def test_imports_point_one_way():
         ("core/scan.py", "import miras", "not from the root"),
         ("nn/model.py", "from miras import Session", "not from the root"),
         ("nn/model.py", "from miras.data.batches import Batch", "nn may not import data"),
-        ("nn/model.py", "import miras.presets", "nn is below presets"),
-        ("presets.py", "from miras import data", "presets may not import data"),
+        ("nn/model.py", "import miras.zoo", "nn is below zoo"),
+        ("zoo.py", "from miras import data", "zoo may not import data"),
         ("data/text.py", "from miras.core import rule", "data is a leaf"),
         ("data/text.py", "from ..train import loop", "data is a leaf"),
         ("train/loop.py", "from miras.cli import main", "train is below cli"),
@@ -128,9 +131,9 @@ def test_a_planted_wrong_arrow_is_caught(tmp_path: Path, module: str, line: str,
         "core/scan.py": "from miras.core import rule",
         "ops/kernels.py": "from ..core import rule",
         "nn/model.py": "from miras.core.rule import Rule\nfrom miras import __version__",
-        "presets.py": "from miras.nn.model import Config",
+        "zoo.py": "from miras.nn.model import Config",
         "data/text.py": "import numpy\nfrom . import text",
-        "train/loop.py": "from miras.data import text\nfrom miras import presets",
+        "train/loop.py": "from miras.data import text\nfrom miras import zoo",
         "report/html.py": "from miras.train import loop",
         "hf.py": "import transformers\nimport miras",
         "cli.py": "from miras import hf, data",
@@ -157,6 +160,18 @@ def test_a_planted_wrong_arrow_is_caught(tmp_path: Path, module: str, line: str,
 )
 def test_imports_without_torch(module: str, heavy: list[str]):
     code = f"import sys, {module}; found = set({heavy}) & sys.modules.keys(); assert not found, found"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    # Python binds a submodule to its package on import: miras.presets() would then be a module.
+    modules = {module.name for module in pkgutil.iter_modules(miras.__path__)}
+    assert modules & set(miras.__all__) == set()
+
+
+def test_the_public_functions_stay_functions():
+    code = "import miras; miras.preset('swa'); import miras.zoo; assert 'swa' in miras.presets()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 

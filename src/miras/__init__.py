@@ -31,7 +31,7 @@ _HOMES = {
     "miras.nn.config": ("ModelConfig",),
     "miras.nn.lm": ("LM", "LMState"),
     "miras.nn.compiled": ("Compiled",),
-    "miras.presets": ("preset", "presets"),
+    "miras.zoo": ("preset", "presets"),
     "miras.hf": (
         "MirasConfig",
         "MirasModel",
@@ -95,9 +95,9 @@ if TYPE_CHECKING:
     from miras.nn.titans import MemoryAsGate as MemoryAsGate
     from miras.nn.titans import MemoryAsLayer as MemoryAsLayer
     from miras.ops import scan as scan
-    from miras.presets import preset as preset
-    from miras.presets import presets as presets
     from miras.session.session import Session as Session
+    from miras.zoo import preset as preset
+    from miras.zoo import presets as presets
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from miras.core.rule import Rule
 from miras.evaluate.describe import describe, equations
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.presets import preset, presets
+from miras.zoo import preset, presets
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 2}
 

@@ -11,7 +11,7 @@ from miras.hf import MirasForCausalLM
 from miras.nn.config import ModelConfig
 from miras.nn.gates import Gates
 from miras.nn.lm import LM
-from miras.presets import preset
+from miras.zoo import preset
 
 SIZES = {
     "hidden_size": 16,

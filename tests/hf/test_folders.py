@@ -25,7 +25,7 @@ from miras.core.bias import L2
 from miras.hf import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel
 from miras.nn.config import ModelConfig
 from miras.nn.folder import OF_TRANSFORMERS, load_model, model_hash, save_model
-from miras.presets import presets
+from miras.zoo import presets
 
 EXTREMES = ("titans-mag", "transformer", "retnet", "mamba2", "hgrn2", "mlstm", "ttt-mlp", "moneta", "memora")
 

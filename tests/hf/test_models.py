@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hf.conftest import Make, build, config, text
 from miras.hf import MirasCache, MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel
 from miras.nn.lm import LM
-from miras.presets import presets
+from miras.zoo import presets
 
 every = pytest.mark.parametrize("name", presets())
 

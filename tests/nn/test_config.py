@@ -18,7 +18,7 @@ from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.memory import Features
-from miras.presets import SOURCES, last_layer, preset, presets
+from miras.zoo import SOURCES, last_layer, preset, presets
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2}
 
@@ -147,7 +147,7 @@ def test_a_simplex_along_a_channel_wise_gate_is_refused_with_the_config():
 def test_only_the_last_layer_learns(name, memory):
     """Of any memory, with momentum or without, biases included."""
     base = preset(name, memory=memory, **SMALL)
-    model = LM(miras.presets.override(base, gates=last_layer(base.rule)))
+    model = LM(miras.zoo.override(base, gates=last_layer(base.rule)))
     _, state = model(torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0)))
     A, A0 = state.layers[0].memory.A, model.model.layers[0].mixer.reader.A0(1)
     moved = {n for n in A if not torch.equal(A[n], A0[n])}
@@ -164,7 +164,7 @@ def test_a_memory_of_one_layer_has_no_last_one():
 @pytest.mark.parametrize("kind", ABLATIONS)
 def test_an_ablation_is_one_override(kind):
     base = preset("titans-mag", window_size=4, num_persistent=2, **SMALL)
-    config = miras.presets.override(base, **ABLATIONS[kind])
+    config = miras.zoo.override(base, **ABLATIONS[kind])
     assert config != base and through(config) == config
     made = []
     for each in (base, config):

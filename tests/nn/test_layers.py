@@ -17,7 +17,7 @@ from miras.nn.gates import BOUNDED, LINKS, Gate, Gates, hard
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryLayer, MemoryReader
 from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
-from miras.presets import preset
+from miras.zoo import preset
 
 HIDDEN, HEADS, B, T = 12, 2, 4, 26
 RULE = Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=4)

@@ -17,7 +17,7 @@ from miras.nn.config import ModelConfig
 from miras.nn.gates import Gates, Precise
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryState
-from miras.presets import override, preset, presets
+from miras.zoo import override, preset, presets
 
 SIZES = {
     "hidden_size": 32,

@@ -20,10 +20,10 @@ from miras.data.novel import load_novel
 from miras.nn.gates import Gate, Gates
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryLayer, MemoryState
-from miras.presets import preset, presets
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask
+from miras.zoo import preset, presets
 
 T, PIECE, HIDDEN = 4096, 512, 32
 EXTREMES = {"lr": 30.0, "momentum": 30.0, "forget": -120.0, "delta": 3.0}

@@ -28,7 +28,7 @@ from miras.core.retention import Decay
 from miras.core.rule import Rule, init_state
 from miras.nn.gates import LINKS
 from miras.ops import scan
-from miras.presets import preset
+from miras.zoo import preset
 
 Tree = dict[str, Tensor]
 OUTPUT, GRADIENT = 3e-6, 3e-5

@@ -20,7 +20,7 @@ from miras.core.bias import L2, Huber
 from miras.core.retention import Decay
 from miras.core.rule import Rule, init_state
 from miras.ops import scan
-from miras.presets import preset
+from miras.zoo import preset
 
 D, T, C = 8, 44, 16
 

@@ -15,7 +15,7 @@ from transformers.models.xlstm import modeling_xlstm
 
 from miras.core.rule import init_state
 from miras.ops import scan
-from miras.presets import preset
+from miras.zoo import preset
 
 TOLERANCE = 3e-6
 

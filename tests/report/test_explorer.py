@@ -25,7 +25,6 @@ from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer, load_tokenizer
 from miras.nn.folder import save_model
 from miras.nn.lm import LM
-from miras.presets import preset
 from miras.report import explorer
 from miras.report.explorer import Track, Watched, coded, render_explorer, shortened, tracks_of
 from miras.report.palette import DARK, LEVELS, LIGHT
@@ -33,6 +32,7 @@ from miras.report.surprise import Scale
 from miras.report.text import visible
 from miras.report.watch import spelled, watch
 from miras.stream import read, save_state
+from miras.zoo import preset
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 8}
 NASTY = (

@@ -8,8 +8,8 @@ import torch
 from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer
 from miras.nn.lm import LM
-from miras.presets import preset
 from miras.session.session import Session
+from miras.zoo import preset
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 4}
 WINDOWED = {"window_size": 8, "num_persistent": 2}

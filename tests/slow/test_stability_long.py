@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from miras.presets import presets
+from miras.zoo import presets
 
 SHORT = spec_from_file_location("stability", Path(__file__).parents[1] / "nn" / "test_stability.py")
 assert SHORT is not None and SHORT.loader is not None

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from miras.data.novel import load_novel
 from miras.nn.lm import LM
-from miras.presets import preset
+from miras.zoo import preset
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 8}
 

@@ -13,12 +13,12 @@ from miras.cli import main
 from miras.nn import folder as folders
 from miras.nn.folder import load_model, save_model, write_atomically
 from miras.nn.lm import LM
-from miras.presets import preset
 from miras.stream import load_state, read, save_state
 from miras.train.checkpoint import checkpoints, load_checkpoint
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask
+from miras.zoo import preset
 
 TINY = {
     "hidden_size": 16,

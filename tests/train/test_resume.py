@@ -16,12 +16,12 @@ from rich.console import Console
 from miras.cli import main
 from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
-from miras.presets import preset
 from miras.train.checkpoint import checkpoints, load_checkpoint, read_meta
 from miras.train.loop import Run
 from miras.train.options import Settings, TrainOptions
 from miras.train.run import progress, train
 from miras.train.tasks import NeedleTraining, TextTask
+from miras.zoo import preset
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "window_size": 8, "num_persistent": 2}
 SMALL = {"chunk_size": 4, **SIZES}

@@ -19,7 +19,6 @@ from miras.data.tokens import FileTokenizer
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.presets import attention_twin, preset
 from miras.train.checkpoint import checkpoints, load_checkpoint
 from miras.train.diagnose import first_non_finite
 from miras.train.loop import NonFiniteError, Run
@@ -28,6 +27,7 @@ from miras.train.options import Settings, TrainOptions
 from miras.train.price import openness
 from miras.train.run import train
 from miras.train.tasks import NeedleTraining, TextTask
+from miras.zoo import attention_twin, preset
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "window_size": 8, "num_persistent": 2}
 SMALL = {"chunk_size": 4, **TINY}

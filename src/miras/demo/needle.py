@@ -19,10 +19,10 @@ from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.presets import attention_twin, preset
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import NeedleTraining
+from miras.zoo import attention_twin, preset
 
 STEPS = 1400
 SETTINGS = Settings(

@@ -24,7 +24,6 @@ from miras.nn.folder import save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.reading import StreamState, read_pieces
-from miras.presets import attention_twin, preset
 from miras.report import (
     ConditionAverage,
     Curve,
@@ -40,6 +39,7 @@ from miras.stream.run import read
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask
+from miras.zoo import attention_twin, preset
 
 BATCH, LENGTH, CHUNK = 4, 256, 32
 PAGE = 7000

@@ -24,7 +24,7 @@ from miras.nn.config import AXES, ModelConfig
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.memory import DEFAULT_GATES, Features
-from miras.presets import SOURCES, preset, presets
+from miras.zoo import SOURCES, preset, presets
 
 
 def _mlp(m: MLP) -> str:

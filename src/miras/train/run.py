@@ -21,11 +21,11 @@ from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, naming, read_config, save_model, write_atomically, write_whole
 from miras.nn.lm import LM
 from miras.nn.threads import check_seed, set_threads
-from miras.presets import override, preset
 from miras.train.checkpoint import checkpoints, read_checkpoint_config, read_meta
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import Settings, TrainOptions
 from miras.train.tasks import NeedleTraining, Task, TextTask
+from miras.zoo import override, preset
 
 INTERRUPTED = 130
 FAILED = 1
