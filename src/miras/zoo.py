@@ -282,6 +282,22 @@ def last_layer(rule: Rule) -> dict[str, Gate]:
     return {f"{name}.{n}": NEVER for name in (*rule.algorithm.gates, *rule.retention.gates) for n in still}
 
 
+def parameters(config: ModelConfig) -> int:
+    """The number of learned parameters of a model, which is not made for it."""
+    with torch.device("meta"):
+        return LM(config).num_parameters()
+
+
+def match_size(config: ModelConfig, wanted: int) -> ModelConfig:
+    """The config with the even SwiGLU width that brings its number of parameters nearest to `wanted`.
+
+    It is never narrower than 2, so that a model may stay larger.
+    """
+    per_unit = 3 * config.hidden_size * config.num_hidden_layers
+    more = round((wanted - parameters(config)) / per_unit / 2) * 2
+    return dataclasses.replace(config, intermediate_size=max(2, config.inner() + more))
+
+
 def attention_twin(config: ModelConfig) -> ModelConfig:
     """The attention-only model of equal size: same window (a segment's length for memory as context), memories out,
     the SwiGLU wider by what they held.
@@ -291,14 +307,7 @@ def attention_twin(config: ModelConfig) -> ModelConfig:
     pattern = tuple("attention" for _ in config.pattern)
     window = config.segment_size if "mac" in config.pattern else config.window_size
     base = dataclasses.replace(config, pattern=pattern, window_size=window, intermediate_size=config.inner())
-    per_unit = 3 * config.hidden_size * config.num_hidden_layers
-    extra = round((_size(config) - _size(base)) / per_unit / 2) * 2
-    return dataclasses.replace(base, intermediate_size=max(2, config.inner() + extra))
-
-
-def _size(config: ModelConfig) -> int:
-    with torch.device("meta"):
-        return LM(config).num_parameters()
+    return match_size(base, parameters(config))
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -27,7 +27,7 @@ from miras.train.options import Settings, TrainOptions
 from miras.train.price import openness
 from miras.train.run import train
 from miras.train.tasks import NeedleTraining, TextTask
-from miras.zoo import attention_twin, preset
+from miras.zoo import attention_twin, match_size, parameters, preset
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "window_size": 8, "num_persistent": 2}
 SMALL = {"chunk_size": 4, **TINY}
@@ -334,3 +334,11 @@ def test_the_twin_has_the_same_size_and_no_memory():
     twin = attention_twin(config)
     assert set(twin.pattern) == {"attention"} and twin.window_size == 8
     assert count(twin) == pytest.approx(count(config), rel=0.01)
+
+
+def test_another_model_is_made_as_large():
+    wanted = parameters(preset("titans-mag", hidden_size=64, window_size=8, num_persistent=2))
+    for name in ("gated-deltanet", "swa"):
+        config = match_size(preset(name, hidden_size=64), wanted)
+        assert LM(config).num_parameters() == parameters(config) == pytest.approx(wanted, rel=0.01)
+    assert match_size(config, 1).inner() == 2
