@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from miras.core.observe import observing
 from miras.nn.lm import LM, LMState
@@ -23,6 +22,11 @@ class Compiled:
 
     def __init__(self, model: LM, **options: Any) -> None:
         self.model = model
+        from torch._dynamo import (
+            exc,  # here, because it takes seconds, which commands that compile nothing need not
+        )
+
+        self._exc = exc
         self._step = torch.compile(model.step, fullgraph=True, **options)
         self._made: weakref.ref[Any] | None = None  # saves looking at a hundred tensors for each token
 
@@ -34,9 +38,9 @@ class Compiled:
             plain = plain.map(_plain)
         try:
             logits, after = self._step(tokens, plain)
-        except FailOnRecompileLimitHit:  # so many other models and sizes were compiled before
+        except self._exc.FailOnRecompileLimitHit:  # so many other models and sizes were compiled before
             return self.model(tokens, state)
-        except TorchDynamoException as error:
+        except self._exc.TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2])
             wanted = "; name a C++ compiler in CXX, or use the model as it is" if "Cxx" in reason else ""
             raise OSError(f"torch.compile failed: {reason}{wanted}") from error
