@@ -105,6 +105,12 @@ def evaluate(options: EvalOptions) -> int:
         raise ValueError(f"{options.twin} has another tokenizer than {options.model}: their tokens differ")
     if options.tokens is not None and options.tokens < 2:
         raise ValueError(f"--tokens must be at least 2, got {options.tokens}")
+    if any(reader.config.grows() for reader in (model, *(twin or ())[:1])):
+        print(
+            f"Attention without a window: its state would grow with every token, so it begins anew every "
+            f"{options.segment:,} tokens (--segment).",
+            file=sys.stderr,
+        )
     runs = [(condition, model, condition) for condition in options.conditions]
     runs += [] if twin is None else [("twin", twin[0], "learning")]
     if not runs:
@@ -190,6 +196,11 @@ def stream(options: StreamOptions) -> int:
     set_threads(options.threads)
     check_state_place("--save-state", options.save_state)
     model, tokenizer = open_model(options.model, options.trust_remote_code)
+    if model.config.grows():
+        print(
+            "Attention without a window: its state, and the time of each token, grow with the text.",
+            file=sys.stderr,
+        )
     state = _loaded(options.load_state, model)
     before = 0 if state is None else int(state.tokens[0])
     mask: Mask | None = None if options.write else never

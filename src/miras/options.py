@@ -62,7 +62,8 @@ class EvalOptions:
     """learning: memories write all along. frozen: they never do. frozen-warmed: only for the first `warm`
     tokens. reset: everything begins anew at every segment, attention windows too."""
     segment: int = 2048
-    """Tokens between resets."""
+    """Tokens between resets. A model whose attention has no window is reset so under every condition, because its
+    state would grow with every token."""
     warm: int | None = None
     """Tokens before frozen-warmed stops writing; half of them without it."""
     twin: Path | None = None

@@ -1,8 +1,9 @@
 """Every condition equals one call on the whole text with masks made by hand."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from miras.data.tokens import FileTokenizer
 from miras.evaluate import CONDITIONS, stream_curve
 from miras.nn.lm import LM
+from miras.nn.reading import Piece, read_pieces
 
 Make = Callable[..., LM]
 Text = NDArray[np.uint8]
@@ -70,6 +72,26 @@ def test_reset_is_a_run_of_its_own_for_every_segment(tiny: Make, text: Text, nam
         else:  # a segment's first token is predicted by the segment before it
             before = bits(model, text[32 * number - 32 : 32 * number + 1])[-1]
             assert mean == pytest.approx((alone.sum() + before) / 32, abs=1e-5)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_state_that_would_grow_ends_with_its_segment(
+    tiny: Make, text: Text, condition: str, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny("titans-mag", window_size=None).double()
+    ids, at, sizes = text[:200], torch.arange(200), []
+
+    def watched(*args: Any, **options: Any) -> Iterator[Piece]:
+        for part in read_pieces(*args, **options):
+            sizes.append(part.state.nbytes())
+            yield part
+
+    monkeypatch.setattr("miras.evaluate.stream.read_pieces", watched)
+    curve = stream_curve(model, ids, condition, segment=40, warm=100, bins=1, piece=16)
+    masks = {"frozen": {"write": at < 0}, "frozen-warmed": {"write": at < 100}}.get(condition, {})
+    wanted = bits(model, ids, reset=at % 40 == 0, **masks)
+    assert curve.mean == pytest.approx(wanted.mean(), abs=1e-6)
+    assert max(sizes) == max(sizes[:3]) and len(sizes) == 15
 
 
 def test_an_attention_only_model_does_not_notice_freezing(tiny: Make, text: Text):

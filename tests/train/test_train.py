@@ -68,6 +68,16 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path, extra):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_a_state_that_would_grow_is_not_carried(tmp_path, capsys):
+    whole = options(tmp_path, preset="transformer", window_size=None, num_persistent=None, chunk_size=None)
+    assert train(dataclasses.replace(whole, steps=4)) == 0
+    assert "each step begins anew (--window-size bounds it)" in " ".join(capsys.readouterr().err.split())
+    _, tensors, meta = load_checkpoint(checkpoints(tmp_path)[-1])
+    assert not [name for name in tensors if name.startswith("lanes")] and not meta["options"]["carry"]
+    assert train(dataclasses.replace(whole, resume=True)) == 0
+    assert len(losses(tmp_path)) == 9
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     code = (
         "import sys; from pathlib import Path; from miras.train.options import TrainOptions;"

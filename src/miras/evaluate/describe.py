@@ -94,7 +94,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
         "num_persistent": config.num_persistent if attends else 0,
         "parameters": model.num_parameters(),
         "state_bytes": state,
-        "state_grows": slides and config.window_size is None,
+        "state_grows": config.grows(),
         "flops_per_token": model.flops_per_token(),
         "config": config.to_dict(),
     }

@@ -2,14 +2,17 @@
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from miras.data.tokens import ByteTokenizer, Tokenizer
-from miras.nn.lm import LM
-from miras.nn.reading import Block, Mask, Spelling, as_rows, read_pieces
+from miras.nn.lm import LM, LMState
+from miras.nn.reading import Block, Mask, Piece, Spelling, StreamState, as_rows, read_pieces
 
 CONDITIONS = ("learning", "frozen", "frozen-warmed", "reset")
 """How a stream may be read; see `stream_curve`."""
@@ -51,7 +54,8 @@ def stream_curve(
     write for the first `warm` tokens (None: the first half) and never again. reset: the model's `reset` mask
     marks the first token of every `segment` tokens, a document's start: memories, convolutions and attention
     windows all begin anew. A segment's first token is still predicted by what was read before it, so that all
-    conditions score the same tokens: all but the stream's first.
+    conditions score the same tokens: all but the stream's first. A model whose state grows with every token
+    (`ModelConfig.grows`) begins anew at every segment under each condition.
 
     Bytes are those of the text that `tokenizer` decodes (None: tokens are bytes); within a piece they are
     spread evenly over its tokens. `progress` is told the tokens read so far. Raises ValueError for values
@@ -73,7 +77,11 @@ def stream_curve(
     bins = -(-num_tokens // width)
     nats, sizes = np.zeros(bins), np.zeros(bins)
     began = time.perf_counter()
-    for part in read_pieces(model, ids, piece=piece, write=write, reset=reset):
+    if model.config.grows():
+        parts = _segments(model, ids, segment, piece, write)
+    else:
+        parts = read_pieces(model, ids, piece=piece, write=write, reset=reset)
+    for part in parts:
         count = part.tokens.shape[1]
         size = float(count)
         if spelling is not None:
@@ -98,6 +106,19 @@ def stream_curve(
         num_bytes=round(sizes.sum()),
         seconds=seconds,
     )
+
+
+def _segments(model: LM, ids: NDArray[Any], segment: int, piece: int, write: Mask | None) -> Iterator[Piece]:
+    """Every segment read from nothing: its state is let go, where a reset would only hide it."""
+    logits: Tensor | None = None
+    for start in range(0, ids.shape[1], segment):
+        state: LMState = model.initial(len(ids))
+        if logits is not None:
+            state = StreamState(state.layers, state.tokens, logits)
+        mask: Mask | None = None if write is None else lambda places, at=start: write(places + at)
+        for part in read_pieces(model, ids[:, start : start + segment], state, piece=piece, write=mask):
+            yield replace(part, start=start + part.start)
+            logits = part.state.logits
 
 
 def _masks(condition: str, segment: int, warm: int) -> tuple[Mask | None, Mask | None]:

@@ -177,6 +177,11 @@ class ModelConfig(Typed):
         """Tokens after which nothing is half read: a chunk, or a segment where memory is context."""
         return self.segment_size if "mac" in self.pattern else self.rule.chunk_size
 
+    def grows(self) -> bool:
+        """Whether a stream's state grows with every token: some layer has attention without a window."""
+        layers = {self.mixer(layer) for layer in range(self.num_hidden_layers)}
+        return self.window_size is None and not layers.isdisjoint(("attention", "mag", "mal"))
+
     def mixer(self, layer: int) -> str:
         """The name of a layer's mixer."""
         return self.pattern[layer % len(self.pattern)]

@@ -76,7 +76,8 @@ class TrainOptions(Settings):
     accumulate: int = 1
     """Micro-batches per optimizer step, each with its own lanes."""
     carry: bool = True
-    """Carry each lane's state from one step to the next (truncated backpropagation through time)."""
+    """Carry each lane's state from one step to the next (truncated backpropagation through time). A model whose
+    attention has no window begins anew in each step, because its state would grow with every token."""
     write_price_from: float = 0.3
     """Running accuracy (needles) from which the price is asked; text asks it from the start."""
     seed: int = 0

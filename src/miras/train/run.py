@@ -44,6 +44,12 @@ def train(options: TrainOptions) -> int:
     _check(options)
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
+    if options.carry and config.grows() and not options.resume:
+        console.print(
+            "Attention without a window: a carried state would grow with every token, so each step begins anew "
+            "(--window-size bounds it)."
+        )
+        options = dataclasses.replace(options, carry=False)
     task = _task(options, config, tokenizer)
     run = _begin(options, config, task)
     extra = tokenizer.files()

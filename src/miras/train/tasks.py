@@ -32,7 +32,10 @@ class Task(Protocol):
 
 
 class TextTask:
-    """Next-token prediction on lanes of contiguous text; with `carry`, each lane's state goes on with it."""
+    """Next-token prediction on lanes of contiguous text; with `carry`, each lane's state goes on with it.
+
+    Give `carry=False` for a model whose state grows with every token (`ModelConfig.grows`).
+    """
 
     def __init__(
         self,
