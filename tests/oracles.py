@@ -178,12 +178,22 @@ def titans_linear(
 
 
 def titans_deep(
-    q: Tensor, k: Tensor, v: Tensor, lr: Tree, momentum: Tree, forget: Tree, A0: Tree, chunk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr: Tree,
+    momentum: Tree,
+    forget: Tree,
+    A0: Tree,
+    chunk: int,
+    returning: bool = False,
 ) -> Result:
     """Titans eq. 13, 14 and 18 with M(x) = x + LN(gelu(x W_1) W_2) (camera-ready) and the half square as loss.
 
-    A0 {"w1": (d, hidden), ..., "w<depth>": (hidden, d)}; one gate per weight.
+    A0 {"w1": (d, hidden), ..., "w<depth>": (hidden, d)}; one gate per weight. With `returning` what is forgotten is
+    what was learned since A0: W_t = A0 + (1 - forget_t) (W_{t-1} - A0) + S_t.
     """
+    origin = A0 if returning else {n: torch.zeros_like(a) for n, a in A0.items()}
     W, S, anchor, reads = dict(A0), {n: torch.zeros_like(a) for n, a in A0.items()}, A0, []
     for t in range(len(q)):
         if t % chunk == 0:
@@ -191,7 +201,7 @@ def titans_deep(
         grad = _gradient(lambda r: 0.5 * r.square().sum(), anchor, k[t], v[t])
         for n in W:
             S[n] = momentum[n][t] * S[n] - lr[n][t] * grad[n]
-            W[n] = (1 - forget[n][t]) * W[n] + S[n]
+            W[n] = origin[n] + (1 - forget[n][t]) * (W[n] - origin[n]) + S[n]
         reads.append(_mlp(q[t], W))
     return torch.stack(reads), _named("A", W) | _named("S", S)
 

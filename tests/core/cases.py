@@ -41,6 +41,18 @@ CLASSIC = tuple(
 )
 """The full product over the linear rules, which have a dual form."""
 
+RETURNING = tuple(
+    Rule(*axes, chunk_size=size)
+    for *axes, size in itertools.product(
+        (Matrix(), MLP(depth=2, expansion=2)),
+        (L2(), Dot()),
+        (Decay(towards="initial"), Decay(decayed=True, towards="initial")),
+        (GradientDescent(), GradientDescent(momentum=True, step_bound=2.0)),
+        (1, 3, 16),
+    )
+)
+"""The same where forgetting leads back to the initial memory."""
+
 AXES = (
     (
         Matrix(),
@@ -68,6 +80,8 @@ AXES = (
     (
         Decay(),
         Decay(decayed=True),
+        Decay(towards="initial"),
+        Decay(decayed=True, towards="initial"),
         Keep(),
         ElasticNet(0.05),
         ElasticNet(0.05, smooth=True),
@@ -75,7 +89,9 @@ AXES = (
         LqNorm(4.0),
         LqNorm(4.0, literal=True),
         LqNorm(3.0),
+        LqNorm(4.0, towards="initial"),
         Simplex(),
+        Simplex(towards="initial"),
         Simplex("output"),
         Simplex("all", scale=2.0),
         FDivergence(),
@@ -120,7 +136,7 @@ def covering(seed: int) -> tuple[Rule, ...]:
 
 WIDE = covering(seed=0)
 """Every pair of choices over all four axes and the chunk size, in some rule."""
-RULES = CLASSIC + WIDE
+RULES = CLASSIC + RETURNING + WIDE
 LENGTHS = {1: 5, 3: 11, 16: 53, 64: 141}
 
 

@@ -216,7 +216,7 @@ def titans_linear(draw: Draw, chunk: int, decayed: bool, by: tuple[str, str, str
     return Case(rule, q, k, v, gates, {"w": A}, one)
 
 
-def titans_deep(draw: Draw, chunk: int, depth: int, channels: bool) -> Case:
+def titans_deep(draw: Draw, chunk: int, depth: int, channels: bool, returning: bool = False) -> Case:
     memory = MLP(depth=depth, expansion=2)
     q, k, v, A = draw.tokens(D), draw.keys(D), draw.tokens(D), draw.weights(memory)
     # Input channels in the first weight, output channels in the last, per head between.
@@ -225,13 +225,19 @@ def titans_deep(draw: Draw, chunk: int, depth: int, channels: bool) -> Case:
         tails |= {"w1": (D, 1), f"w{depth}": (1, D)}
     lr, momentum = ({n: draw.gate(*tails[n], top=top) for n in A} for top in (0.1, 1.0))
     forget = {n: draw.forget(*tails[n]) for n in A}
-    rule = Rule(memory, L2(), Decay(), GradientDescent(momentum=True), chunk)
+    towards = "initial" if returning else "zero"
+    rule = Rule(memory, L2(), Decay(towards=towards), GradientDescent(momentum=True), chunk)
 
     def one(at: At) -> oracles.Result:
         trees = (pick(x, at) for x in (lr, momentum, forget, A))
-        return oracles.titans_deep(q[at], k[at], v[at], *trees, chunk=chunk)
+        return oracles.titans_deep(q[at], k[at], v[at], *trees, chunk=chunk, returning=returning)
 
-    return Case(rule, q, k, v, by_weight(lr=lr, momentum=momentum, forget=forget), A, one)
+    def seen(y: Tensor, state: Tree) -> Tree:
+        whole = {f"A.{n}": state[f"A.{n}"] + A[n] for n in A} if returning else {}
+        return {"y": y} | state | whole
+
+    gates = by_weight(lr=lr, momentum=momentum, forget=forget)
+    return Case(rule, q, k, v, gates, A, one, seen=seen)
 
 
 def ttt(draw: Draw, chunk: int, depth: int) -> Case:
@@ -380,6 +386,12 @@ CASES: dict[str, Callable[[Draw], Case]] = {
         )
         for chunk, channels in itertools.product((1, 4), (False, True))
     },
+    **{
+        f"titans_deep-returning-{chunk}-{'channels' if channels else 'heads'}": partial(
+            titans_deep, chunk=chunk, depth=2, channels=channels, returning=True
+        )
+        for chunk, channels in ((1, False), (4, True), (16, False))
+    },
 }
 
 
@@ -414,7 +426,7 @@ def test_a_rule_is_its_published_model(name, function):
     for a, b in itertools.pairwise([0, *inside, T]):
         q, k, v = (x[:, :, a:b] for x in (case.q, case.k, case.v))
         gates = {n: g[:, :, a:b] for n, g in case.gates.items()}
-        y, state = function(case.rule, state, q, k, v, gates, outer=case.outer)
+        y, state = function(case.rule, state, q, k, v, gates, initial=case.A0, outer=case.outer)
         reads.append(y)
     found = case.seen(torch.cat(reads, 2), state.tensors())
     same(outcome({n: found[n] for n in found if n in expected}, draw.leaves), expected)

@@ -41,7 +41,8 @@ def piece(problem: Problem, cut: slice) -> dict:
     """Arguments of a scan for some of the tokens."""
     q, k, v = (x[:, :, cut] for x in (problem.q, problem.k, problem.v))
     gates = {n: g[:, :, cut] for n, g in problem.gates.items()}
-    return {"q": q, "k": k, "v": v, "gates": gates, "outer": problem.outer}
+    start = {n: a.expand(len(q), *a.shape) for n, a in problem.A0.items()}
+    return {"q": q, "k": k, "v": v, "gates": gates, "initial": start, "outer": problem.outer}
 
 
 def begun(problem: Problem) -> State:

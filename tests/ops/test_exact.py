@@ -19,7 +19,13 @@ RULES = tuple(
     Rule(bias=bias, retention=retention, algorithm=algorithm, chunk_size=1)
     for bias, retention, algorithm in itertools.product(
         (L2(), Dot()),
-        (Decay(), Decay(decayed=True), Keep()),
+        (
+            Decay(),
+            Decay(decayed=True),
+            Decay(towards="initial"),
+            Decay(decayed=True, towards="initial"),
+            Keep(),
+        ),
         (
             GradientDescent(),
             GradientDescent(momentum=True),

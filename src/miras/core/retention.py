@@ -8,7 +8,7 @@ from abc import ABC
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,12 +20,21 @@ Axis = Literal["input", "output", "all"]
 
 _DIMS: dict[str, tuple[int, ...]] = {"input": (-2,), "output": (-1,), "all": (-2, -1)}
 
+Towards = Literal["zero", "initial"]
+"""Where forgetting leads: to nothing, as the papers have it, or back to the learned initial accumulator A_0."""
+
 
 class Retention(Typed, ABC):
-    """A_t = advance(A_{t-1}, keep_t, step_t);  W_t = link(A_t)."""
+    """A_t = advance(A_{t-1}, keep_t, step_t);  W_t = link(A_t).
+
+    A retention that decays towards the initial accumulator advances the difference from it,
+    A_t - A_0 = advance(A_{t-1} - A_0, keep_t, step_t), which is what a state then holds.
+    """
 
     decayed: bool = False
     """Whether a token's gradient is taken at the memory after its own forgetting."""
+    towards: Towards = "zero"
+    """Where forgetting leads."""
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -41,6 +50,11 @@ class Retention(Typed, ABC):
     def linear(self) -> bool:
         """Whether the accumulator is linear in itself and the step: `advance` is the default."""
         return type(self).advance is Retention.advance
+
+    @property
+    def returns(self) -> bool:
+        """Whether forgetting leads back to the initial accumulator."""
+        return self.towards == "initial"
 
     @property
     def direct(self) -> bool:
@@ -76,9 +90,18 @@ class Decay(Retention):
     `decayed=False` takes the gradient at the undecayed memory, as Titans does. `decayed=True` takes it at the
     anchor times the product of 1 - forget from the start of the chunk through the token itself, as Gated
     DeltaNet does.
+
+    `towards="initial"` returns to the learned initial memory in place of 0,
+    W_t = W_0 + (1 - forget_t) (W_{t-1} - W_0) + step_t: a deep memory learns with it, and does not where all that
+    was learned before reading is forgotten too (docs/trainability.md). Raises ValueError for another word.
     """
 
     decayed: bool = False
+    towards: Towards = "zero"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_towards(self)
 
 
 @dataclass(frozen=True)
@@ -88,14 +111,16 @@ class ElasticNet(Retention):
     The closed form of min_W -<A, W> + |W|^2 / 2 + gamma |W|_1, follow-the-regularised-leader with the elastic net
     (MIRAS eq. 23; its eta / alpha is our gamma). `smooth` reads |z| arctan(z / gamma) / (pi / 2) instead (remark
     at eq. 22): it is never flat, but shrinks large entries by 2 gamma / pi only. gamma = 0 is the identity.
-    Raises ValueError for a gamma that is negative or no number.
+    `towards` as in `Decay`, of A. Raises ValueError for a gamma that is negative or no number.
     """
 
     gamma: float
     smooth: bool = False
+    towards: Towards = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_towards(self)
         _set_number(self, "gamma", self.gamma >= 0, "a number of at least 0")
 
     @property
@@ -153,14 +178,16 @@ class LqNorm(Retention):
     Near 0: |A| stands for sqrt(A^2 + e^2) with e = 1e-6 (or 1e-7 of the largest entry, if that is more), so W has
     bounded derivatives of every order; below e the mirror map is A times n^-(1 - 2/q) for n entries. The literal
     one divides by (||A||_q^2 + 1e-6)^((q-2)/2): at q = 4 no weight exceeds 500, and the slope at A = 0 is 1e6.
-    Raises ValueError for a q that is not above 1.
+    `towards` as in `Decay`, of A. Raises ValueError for a q that is not above 1.
     """
 
     q: float = 4.0
     literal: bool = False
+    towards: Towards = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_towards(self)
         _set_number(self, "q", self.q > 1, "a number above 1")
 
     @property
@@ -188,15 +215,18 @@ class Simplex(Retention):
     closed form of KL local retention and an entropy term for forgetting, exactly. That needs `forget` constant
     along `axis`. "input": the weights of one output channel share a simplex; "output": those of one input channel;
     "all": the whole matrix. `scale` is c; None for the square root of the number of entries that share a simplex.
-    Raises ValueError for another axis or a scale that is not positive.
+    `towards` as in `Decay`: to the uniform distribution, or to the one that the memory began with. Raises ValueError
+    for another axis or a scale that is not positive.
     """
 
     axis: Axis = "input"
     scale: float | None = None
+    towards: Towards = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_simplex(self, self.axis, self.scale)
+        _check_towards(self)
 
     @property
     def along(self) -> str | None:
@@ -296,13 +326,16 @@ class Bregman(Retention):
     """W_t = g(A_t), elementwise (MIRAS, Bregman divergence): A_t = F'(W_t) and g = (F')^{-1}, given as `inverse`.
 
     The closed form of min_W -<step, W> + the Bregman divergence of sum F from W_{t-1}, with forgetting towards
-    g(0). g is differentiable and increasing; the identity is `Decay`. Raises ValueError unless it can be called.
+    g(0), or with `towards="initial"` towards W_0. g is differentiable and increasing; the identity is `Decay`.
+    Raises ValueError unless it can be called.
     """
 
     inverse: Callable[[Tensor], Tensor]
+    towards: Towards = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_towards(self)
         _check_callable(self, self.inverse)
 
     def link(self, A: Tensor) -> Tensor:
@@ -311,7 +344,16 @@ class Bregman(Retention):
 
 @dataclass(frozen=True)
 class Sigmoid(Retention):
-    """Weights between 0 and 1, W_t = sigmoid((1 - forget_t) logit(W_{t-1}) + step_t): `Bregman` with F' = logit."""
+    """Weights between 0 and 1, W_t = sigmoid((1 - forget_t) logit(W_{t-1}) + step_t): `Bregman` with F' = logit.
+
+    `towards` as there.
+    """
+
+    towards: Towards = "zero"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_towards(self)
 
     def link(self, A: Tensor) -> Tensor:
         return A.sigmoid()
@@ -348,6 +390,14 @@ def _check_simplex(retention: Retention, axis: str, scale: float | None) -> None
         )
     if scale is not None:
         _set_number(retention, "scale", scale > 0, "a positive number or None")
+
+
+def _check_towards(retention: Retention) -> None:
+    if retention.towards not in get_args(Towards):
+        raise ValueError(
+            f"{type(retention).__name__}: towards must be one of {', '.join(map(repr, get_args(Towards)))}, got "
+            f"{retention.towards!r}"
+        )
 
 
 def _check_callable(retention: Retention, inverse: object) -> None:

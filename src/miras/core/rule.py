@@ -27,6 +27,7 @@ class Rule(Typed):
     W_t = link(A_t),  y_t = memory(q_t; W_t)
     grad_t = d bias(memory(k_t; W_anchor), v_t) / d W,  W_anchor = the weights at the start of t's chunk
 
+    With retention.towards = "initial" the second line is A_t = A_0 + (1 - forget_t) (A_{t-1} - A_0) + direction(S_t).
     `chunk_size` is the number of tokens that share one anchor. It is part of the model, not a speed setting.
     Raises TypeError for a choice of the wrong kind, ValueError for a combination that has no meaning.
     """
@@ -67,10 +68,12 @@ class State(Record):
     """All that a memory needs to go on, as a value.
 
     A: accumulator, S: surprise (empty without momentum), anchor: the weights gradients are taken at; each
-    {weight: (B, H, d_in, d_out)}. phase: (B,) int64, tokens already read of the open chunk (steps, where a token
-    takes several). retained: the same shapes, running product of 1 - forget in the open chunk (only if the gradient
-    is taken at the decayed memory and a chunk is longer than a token). recent: the open chunk's "key" (B, H, C, Dk)
-    and steps {weight: (B, H, C)}, zero where nothing was written (only with the step bound).
+    {weight: (B, H, d_in, d_out)}. Where forgetting leads back to the initial accumulator A_0, A holds the difference
+    from it, and anchor that difference at the chunk's start: A_0 stays the model's, so that the outer loop moves it
+    also under a state that is carried. phase: (B,) int64, tokens already read of the open chunk (steps, where a
+    token takes several). retained: the same shapes, running product of 1 - forget in the open chunk (only if the
+    gradient is taken at the decayed memory and a chunk is longer than a token). recent: the open chunk's "key"
+    (B, H, C, Dk) and steps {weight: (B, H, C)}, zero where nothing was written (only with the step bound).
     """
 
     A: Tree
@@ -93,9 +96,24 @@ class Masks(NamedTuple):
         return Masks(*(None if m is None else m[:, tokens] for m in self))
 
 
-def link(rule: Rule, A: Tree) -> Tree:
-    """The weights that belong to an accumulator."""
-    return {n: rule.retention.link(a) for n, a in A.items()}
+def weights(rule: Rule, A: Tree, base: Tree) -> Tree:
+    """The weights that belong to an accumulator; base as `base_of` gives it."""
+    return {n: rule.retention.link(a + base[n] if base else a) for n, a in A.items()}
+
+
+def anchor_weights(rule: Rule, anchor: Tree, base: Tree) -> Tree:
+    """The weights that a state's anchor stands for."""
+    return weights(rule, anchor, base) if base else anchor
+
+
+def base_of(rule: Rule, initial: Tree | None) -> Tree:
+    """The accumulator that a state's A counts from: A_0 where forgetting leads back to it, else none."""
+    return initial or {} if rule.retention.returns else {}
+
+
+def _anchor(rule: Rule, A: Tree) -> Tree:
+    """What a state keeps, at a chunk's start, of the weights of its accumulator."""
+    return A if rule.retention.returns else weights(rule, A, {})
 
 
 def init_state(rule: Rule, A0: Tree) -> State:
@@ -118,6 +136,7 @@ def init_state(rule: Rule, A0: Tree) -> State:
             f"{expected} behind (B, H); got { ({n: tuple(a.shape) for n, a in A0.items()}) }"
         )
     rule = stepwise(rule)
+    A = {n: torch.zeros_like(a) for n, a in A0.items()} if rule.retention.returns else dict(A0)
     retained, recent = {}, {}
     if carries_retained(rule):
         retained = {n: torch.ones_like(a) for n, a in A0.items()}
@@ -125,9 +144,9 @@ def init_state(rule: Rule, A0: Tree) -> State:
         recent = {"key": first.new_zeros(B, H, rule.chunk_size, d_key)}
         recent |= {n: first.new_zeros(B, H, rule.chunk_size) for n in A0}
     return State(
-        A=dict(A0),
+        A=A,
         S={n: torch.zeros_like(a) for n, a in A0.items()} if rule.algorithm.momentum else {},
-        anchor=link(rule, A0),
+        anchor=_anchor(rule, A),
         phase=torch.zeros(B, dtype=torch.long, device=first.device),
         retained=retained,
         recent=recent,
@@ -153,7 +172,7 @@ def close_chunk(rule: Rule, state: State) -> State:
     return State(
         A=state.A,
         S=state.S,
-        anchor=link(rule, state.A),
+        anchor=_anchor(rule, state.A),
         phase=torch.zeros_like(state.phase),
         retained={n: torch.ones_like(r) for n, r in state.retained.items()},
         recent={n: torch.zeros_like(r) for n, r in state.recent.items()},
@@ -241,6 +260,13 @@ def check(
             )
     if masks.reset is not None and initial is None:
         raise ValueError("scan: reset goes back to the initial accumulators; give them as initial=A0")
+    if rule.retention.returns and initial is None:
+        raise ValueError(
+            f"scan: {rule.retention} decays towards the initial accumulators; give them as initial=A0"
+        )
+    given = {n: tuple(a.shape) for n, a in (initial or {}).items()}
+    if initial is not None and given != got:
+        raise ValueError(f"scan: initial must have the shapes of the state's weights, {got}; got {given}")
     shapes = {n: (H, width) for n, (width, _) in rule.memory.outer(d_key, v.shape[-1]).items()}
     if {n: tuple(p.shape) for n, p in (outer or {}).items()} != shapes:
         raise ValueError(
@@ -344,10 +370,12 @@ def recurrence(
     (B, H, T, 1, d_out)}; `outer` {name: (H, width)} what a memory's outer parameters are. Reads are post-update and
     include their own token. A token outside `valid` changes nothing and reads 0. A token outside `write` reads
     and takes its place in its chunk, but changes neither A nor S. `reset` marks a document's first token: back
-    to the accumulators `initial`, S = 0, a new chunk. Raises ValueError when shapes or gates do not fit.
+    to the accumulators `initial`, S = 0, a new chunk; a retention with towards="initial" needs them always. Raises
+    ValueError when shapes or gates do not fit.
     """
     check(rule, state, q, k, v, gates, Masks(valid, write, reset), initial, outer)
     fresh = None if initial is None else init_state(rule, initial)
+    base = base_of(rule, initial)
     steps = rule.algorithm.steps
     rule, (q, k, v, gates), masks = unrolled(rule, (q, k, v, gates), Masks(valid, write, reset))
     B, _, T, _ = q.shape
@@ -366,7 +394,16 @@ def recurrence(
         now = slice(t, t + 1)
         token = {name: gate[:, :, now] for name, gate in gates.items()}
         y, state, trace = _token(
-            rule, state, q[:, :, now], k[:, :, now], v[:, :, now], token, outer, valid[:, t], writes[:, t]
+            rule,
+            state,
+            base,
+            q[:, :, now],
+            k[:, :, now],
+            v[:, :, now],
+            token,
+            outer,
+            valid[:, t],
+            writes[:, t],
         )
         reads.append(y)
         seen.append(trace)
@@ -384,6 +421,7 @@ def silence(x: Tensor, valid: Tensor) -> Tensor:
 def _token(
     rule: Rule,
     state: State,
+    base: Tree,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -406,11 +444,21 @@ def _token(
     scaled = retained
     if retention.decayed and not retained:
         scaled = {n: where(x, torch.ones_like(x)) for n, x in keep.items()}
-    inputs = (*state.anchor.values(), *scaled.values(), k, v, *gates.values(), *(outer or {}).values())
+    inputs = (
+        *state.anchor.values(),
+        *base.values(),
+        *scaled.values(),
+        k,
+        v,
+        *gates.values(),
+        *(outer or {}).values(),
+    )
     create = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     with torch.enable_grad():
-        anchor = {n: w.detach() for n, w in state.anchor.items()} if algorithm.first_order else state.anchor
-        W = {n: w * scaled[n] if scaled else w for n, w in anchor.items()}
+        anchor, origin = state.anchor, base
+        if algorithm.first_order:
+            anchor, origin = ({n: w.detach() for n, w in tree.items()} for tree in (anchor, base))
+        W = anchor_weights(rule, {n: w * scaled[n] if scaled else w for n, w in anchor.items()}, origin)
         W = {n: w if w.requires_grad and create else w.detach().requires_grad_() for n, w in W.items()}
         loss = rule.bias.loss(rule.memory.apply(k, formed(W, outer)), v, bias_gates(rule, gates))
         parts = torch.autograd.grad(loss.sum(), list(W.values()), create_graph=create)
@@ -433,7 +481,7 @@ def _token(
         moved[n] = where(surprise, torch.zeros_like(surprise) if before is None else before)
         A[n] = where(retention.advance(state.A[n], keep[n], algorithm.direction(surprise)), state.A[n])
 
-    W_now = link(rule, A)
+    W_now = weights(rule, A, base)
     y = rule.memory.apply(q, formed(W_now, outer))
     y = torch.where(valid[:, None, None, None], y, torch.zeros_like(y))
 

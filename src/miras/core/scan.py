@@ -7,7 +7,8 @@ A_t are linear in the gradients (papers: Titans eq. 16 to 18; the dual form of T
     A_t = K[t,0] A_0 + G[t,0] S_0 - sum_i G[t,i] x_i d_i^T   K: products of 1 - forget, G = K H diag(lr)
 
 so a read x A_t is masked attention over the chunk: K[t,0] x A_0 + G[t,0] x S_0 - ((x X^T) . G) D. Where a map stands
-between S and A or between A and the weights, or gates are channel-wise, the chunk's S_t and A_t are formed.
+between S and A or between A and the weights, or gates are channel-wise, the chunk's S_t and A_t are formed. Where
+forgetting leads back to the initial accumulator, A is the difference from it and a read has x A_0 besides.
 
 Shapes: B rows, H heads, N chunks, n tokens of a chunk (or of the piece of one that this call brings), Dk, Dv widths.
 """
@@ -32,6 +33,8 @@ from miras.core.rule import (
     Masks,
     Rule,
     State,
+    anchor_weights,
+    base_of,
     bias_gates,
     check,
     close_chunk,
@@ -92,7 +95,7 @@ def scan_by(
     steps = rule.algorithm.steps
     rule, inputs, masks = unrolled(rule, inputs, masks)
     with per_token(steps):
-        y, state = chunked(run, rule, state, fresh, inputs, masks, outer or {})
+        y, state = chunked(run, rule, state, fresh, inputs, masks, Fixed(base_of(rule, initial), outer or {}))
     return y[:, :, steps - 1 :: steps], state
 
 
@@ -103,8 +106,16 @@ def has_dual_form(rule: Rule, gates: Tree) -> bool:
     return maps and all(g.dim() < 5 for n, g in gates.items() if n.split(".")[0] in names)
 
 
+class Fixed(NamedTuple):
+    """What is the same for all tokens: base {weight: (B, H, d_in, d_out)}, the accumulator that a state's A counts
+    from (empty for 0), and outer {name: (H, width)}, a memory's outer parameters."""
+
+    base: Tree
+    outer: Tree
+
+
 def chunked(
-    run: "Run", rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, outer: Tree
+    run: "Run", rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, fixed: Fixed
 ) -> tuple[Tensor, State]:
     """Lay the tokens out on chunks of rule.chunk_size, whatever the masks and phases, and run them."""
     T = inputs[0].shape[2]
@@ -112,15 +123,15 @@ def chunked(
         return inputs[2].new_zeros(inputs[2].shape), state
     phase = int(state.phase[0])
     if T == 1 or (masks.valid is None and masks.reset is None and bool((state.phase == phase).all())):
-        return _aligned(run, rule, state, fresh, inputs, masks, outer, phase)
-    return _ragged(run, rule, state, fresh, inputs, masks, outer)
+        return _aligned(run, rule, state, fresh, inputs, masks, fixed, phase)
+    return _ragged(run, rule, state, fresh, inputs, masks, fixed)
 
 
 class Chunks(NamedTuple):
     """Chunks side by side, as `_run` takes them.
 
-    q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates {name: (B, H, N, n), or channel-wise with two more axes}; outer
-    {name: (H, width)}; write (B, N, n) or None for all; slots (B or 1, n) the places of the n tokens in their chunk;
+    q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates {name: (B, H, N, n), or channel-wise with two more axes}; write
+    (B, N, n) or None for all; slots (B or 1, n) the places of the n tokens in their chunk;
     starts, per chunk, (B,) rows that begin a document there, or None; ends, per chunk, (B,) the phase after it, or
     True where all rows complete it.
     """
@@ -129,7 +140,7 @@ class Chunks(NamedTuple):
     k: Tensor
     v: Tensor
     gates: Tree
-    outer: Tree
+    fixed: Fixed
     write: Tensor | None
     slots: Tensor
     starts: list[Tensor | None]
@@ -147,7 +158,7 @@ def _aligned(
     fresh: State | None,
     inputs: Inputs,
     masks: Masks,
-    outer: Tree,
+    fixed: Fixed,
     phase: int,
 ) -> tuple[Tensor, State]:
     """All rows at one phase (or a single token): the open chunk's rest, whole chunks, the remainder."""
@@ -176,7 +187,7 @@ def _aligned(
         chunks = Chunks(
             *(x[:, :, cut].unflatten(2, (N, n)) for x in (q, k, v)),
             gates={name: g[:, :, cut].unflatten(2, (N, n)) for name, g in gates.items()},
-            outer=outer,
+            fixed=fixed,
             write=None if write is None else write[:, cut].unflatten(1, (N, n)),
             slots=begin[:, None] + torch.arange(n, device=q.device),
             starts=[start] * N,
@@ -193,7 +204,7 @@ def _aligned(
 
 
 def _ragged(
-    run: Run, rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, outer: Tree
+    run: Run, rule: Rule, state: State, fresh: State | None, inputs: Inputs, masks: Masks, fixed: Fixed
 ) -> tuple[Tensor, State]:
     """Rows at different phases, holes and documents: one gather puts each row on its own chunk grid."""
     q, k, v, gates = inputs
@@ -238,7 +249,7 @@ def _ragged(
     chunks = Chunks(
         *(x.unflatten(2, (N, C)) for x in (q, k, v)),
         gates={name: g.unflatten(2, (N, C)) for name, g in gates.items()},
-        outer=outer,
+        fixed=fixed,
         write=None if bool(write.all()) else write,
         slots=torch.arange(C, device=q.device)[None],
         starts=[starts[:, j] if anyone[j] else None for j in range(N)],
@@ -310,7 +321,7 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
             k=k[i],
             v=v[i],
             gates={n: g[i] for n, g in gates.items()},
-            outer=chunks.outer,
+            fixed=chunks.fixed,
             write=None if write is None else write[i],
             slots=chunks.slots,
             starts=chunks.starts[bounds[i] : bounds[i + 1]],
@@ -327,19 +338,21 @@ def _run_recomputed(
     traces = [trace]
     names = list(state.tensors())
 
-    def again(inputs: Tree, mine: Tree, start: Tree, gates: Tree, outer: Tree) -> tuple[Tensor, ...]:
+    def again(
+        inputs: Tree, mine: Tree, start: Tree, gates: Tree, base: Tree, outer: Tree
+    ) -> tuple[Tensor, ...]:
         y, end = run(
             rule,
             state.with_tensors(mine),
             None if fresh is None else fresh.with_tensors(start),
-            chunks._replace(**inputs, gates=gates, outer=outer),
+            chunks._replace(**inputs, gates=gates, fixed=Fixed(base, outer)),
             traces.pop() if traces else None,  # an observation sees the forward pass only
         )
         return (y, *(end.tensors()[name] for name in names))
 
     inputs = {"q": chunks.q, "k": chunks.k, "v": chunks.v}
     start = {} if fresh is None else fresh.tensors()
-    y, *end = _recomputed(again, inputs, state.tensors(), start, chunks.gates, chunks.outer)
+    y, *end = _recomputed(again, inputs, state.tensors(), start, chunks.gates, *chunks.fixed)
     return y, state.with_tensors(dict(zip(names, end, strict=True)))
 
 
@@ -409,7 +422,10 @@ def dual(
     table = _coefficients(rule, state, chunks, trace is not None)
     per_chunk = {n: _by_chunk(c) for n, c in table.items()}
     gates = {name: _cut(g.squeeze(-2) if g.dim() == 6 else g) for name, g in chunks.gates.items()}
-    outer = {n: p.repeat(B, 1) for n, p in chunks.outer.items()}
+    fixed = Fixed(
+        {n: a.flatten(0, 1) for n, a in chunks.fixed.base.items()},
+        {n: p.repeat(B, 1) for n, p in chunks.fixed.outer.items()},
+    )
     q, k, v = map(_cut, chunks[:3])
     closed: State | None = None
     reads: list[Tensor] = []
@@ -419,14 +435,15 @@ def dual(
             state = choose(start, fresh, state)
         coefs = {n: c[j] for n, c in per_chunk.items()}
         gates_j = {name: g[j] for name, g in gates.items()}
-        xs, ds, loss = factors(rule, state, k[j], v[j], gates_j, outer, coefs)
+        xs, ds, loss = factors(rule, state, k[j], v[j], gates_j, fixed, coefs)
 
         after: dict[str, list[Tensor]] = {}
-        read = partial(_step, state, xs, ds, coefs, after)
-        reads.append(rule.memory.apply(q[j], _weights(read, outer)))
+        read = partial(_step, state, fixed.base, xs, ds, coefs, after)
+        reads.append(rule.memory.apply(q[j], _weights(read, fixed.outer)))
         if trace is not None:
             seen = {
-                n: x.unflatten(0, (B, H)) for n, x in (_watch(state, xs, ds, coefs) | {"loss": loss}).items()
+                n: x.unflatten(0, (B, H))
+                for n, x in (_watch(state, fixed.base, xs, ds, coefs) | {"loss": loss}).items()
             }
             lr = {n: c.lr.unflatten(0, (B, H)) for n, c in coefs.items()}
             write = None if chunks.write is None else chunks.write[:, j]
@@ -454,6 +471,7 @@ def _cut(x: Tensor) -> tuple[Tensor, ...]:
 
 def _step(
     state: State,
+    base: Tree,
     xs: Tree,
     ds: Tree,
     coefs: "dict[str, Coefficients]",
@@ -465,7 +483,7 @@ def _step(
     c = coefs[name]
     momentum = [t for t in (c.first_S, state.S.get(name), c.last, c.carry) if t is not None]
     y, *after[name] = fast_step(x, xs[name], ds[name], c.table, c.first, state.A[name], *momentum)
-    return y
+    return torch.baddbmm(y, x, base[name]) if base else y
 
 
 def _weights(linear: Callable[[str, Tensor], Tensor], outer: Tree) -> Weights:
@@ -493,10 +511,10 @@ def formed_per_token(
         mine = {name: g[j] for name, g in made.items()}
         write = None if chunks.write is None else chunks.write[:, j]
         kept = {n: mine[f"keep.{n}"].cumprod(2) for n in state.A} if rule.retention.decayed else None
-        xs, ds, loss = _factors(rule, state, k[j], v[j], gates_j, chunks.outer, kept)
+        xs, ds, loss = _factors(rule, state, k[j], v[j], gates_j, chunks.fixed, kept)
 
         form = partial(_form, rule, write, trace is not None)
-        y, *rest = _recomputed(form, {"q": q[j]}, xs, ds, state.A, state.S, mine, chunks.outer)
+        y, *rest = _recomputed(form, {"q": q[j]}, xs, ds, state.A, state.S, mine, *chunks.fixed)
         reads.append(y)
         A = dict(zip(state.A, rest, strict=False))
         S = dict(zip(state.S, rest[len(A) :], strict=False))
@@ -524,6 +542,7 @@ def _form(
     A: Tree,
     S: Tree,
     gates: Tree,
+    base: Tree,
     outer: Tree,
 ) -> tuple[Tensor, ...]:
     """A chunk's reads, its last A and S, and if watched |S_t| and |W_t|, from S_t and A_t of every token."""
@@ -543,7 +562,7 @@ def _form(
             step = torch.where(write[:, None, :, None, None], step, 0)
         grown = accumulate(gates[f"keep.{n}"], step, A[n])
         last["A"].append(grown[:, :, -1])
-        W[n] = rule.retention.link(grown)
+        W[n] = rule.retention.link(grown + base[n][:, :, None] if base else grown)
     weights = Weights(
         linear=lambda n, x: (x[..., None, :] @ W[n])[..., 0, :],
         scale=lambda n, x: x * W[n][..., 0],
@@ -695,10 +714,10 @@ def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> di
 
 
 Factors = Callable[
-    [Rule, State, Tensor, Tensor, Tree, Tree, dict[str, Coefficients]], tuple[Tree, Tree, Tensor]
+    [Rule, State, Tensor, Tensor, Tree, Fixed, dict[str, Coefficients]], tuple[Tree, Tree, Tensor]
 ]
-"""What finds the factors x_t, d_t of a chunk's gradients, and the inner loss: (rule, state, k, v, gates, outer,
-coefficients)."""
+"""What finds the factors x_t, d_t of a chunk's gradients, and the inner loss: (rule, state, k, v, gates, fixed,
+coefficients), fixed with rows and heads as one axis."""
 
 
 def at_the_anchor(
@@ -707,16 +726,16 @@ def at_the_anchor(
     k: Tensor,
     v: Tensor,
     gates: Tree,
-    outer: Tree,
+    fixed: Fixed,
     coefs: dict[str, Coefficients],
 ) -> tuple[Tree, Tree, Tensor]:
     """Every token's gradient at the weights of the chunk's start: the chunkwise rule."""
     kept = {n: c.first[..., None] for n, c in coefs.items()} if rule.retention.decayed else None
-    return _factors(rule, state, k, v, gates, outer, kept)
+    return _factors(rule, state, k, v, gates, fixed, kept)
 
 
 def _factors(
-    rule: Rule, state: State, k: Tensor, v: Tensor, gates: Tree, outer: Tree, kept: Tree | None
+    rule: Rule, state: State, k: Tensor, v: Tensor, gates: Tree, fixed: Fixed, kept: Tree | None
 ) -> tuple[Tree, Tree, Tensor]:
     """For every token at once, the factors of its rank-one gradients x_t d_t^T, and its inner loss.
 
@@ -724,14 +743,21 @@ def _factors(
     that scales has the gradient x_t * d_t. kept {weight: (B, H, n, d_in or 1, d_out or 1)} the products of 1 - forget
     from the chunk's start through each token, where the gradient is taken at the decayed memory.
     """
-    anchor = state.anchor
+    anchor, base, outer = state.anchor, *fixed
     if rule.algorithm.first_order:
-        anchor = {n: w.detach() for n, w in anchor.items()}
+        anchor, base = ({n: w.detach() for n, w in tree.items()} for tree in (anchor, base))
     if kept is not None and state.retained:
         anchor = {n: w * state.retained[n] for n, w in anchor.items()}
+    apart: Tree = {}  # what decay leaves alone, where the gradient is taken at the decayed memory
+    if kept is None:
+        base = {n: b.view_as(anchor[n]) for n, b in base.items()}
+        anchor = anchor_weights(rule, anchor, base)
+    else:
+        apart = base
     # Where nothing asks for an outer gradient none is built, also outside of no_grad.
     inputs = (
         *anchor.values(),
+        *apart.values(),
         *state.A.values(),
         k,
         v,
@@ -741,8 +767,10 @@ def _factors(
     )
     create = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if not create:
-        anchor, v = {n: w.detach() for n, w in anchor.items()}, v.detach()
-        gates, outer = ({n: g.detach() for n, g in tree.items()} for tree in (gates, outer))
+        v = v.detach()
+        anchor, apart, gates, outer = (
+            {n: x.detach() for n, x in tree.items()} for tree in (anchor, apart, gates, outer)
+        )
         kept = None if kept is None else {n: g.detach() for n, g in kept.items()}
     if not (create and k.requires_grad):
         k = k.detach().requires_grad_()
@@ -753,6 +781,8 @@ def _factors(
         assert name not in xs, f"a memory uses its weight {name!r} twice: give each map its own"
         if kept is not None and kept[name].shape[-2] == 1:
             y = y * kept[name][..., 0, :]
+        if apart:
+            y = y + alone(name, x)
         if not y.requires_grad:  # a map of something else than k, such as a memory's inner bias
             y = y.requires_grad_()
         xs[name], outs[name] = x, y
@@ -761,6 +791,10 @@ def _factors(
     def seen(name: str, x: Tensor) -> Tensor:
         by_channel = kept is not None and kept[name].shape[-2] > 1
         return x * kept[name][..., 0] if by_channel else x  # pyright: ignore[reportOptionalSubscript]
+
+    def alone(name: str, x: Tensor) -> Tensor:
+        w = apart[name]
+        return x * w.mT if rule.memory.elementwise else _product(x, w)
 
     weights = Weights(
         linear=lambda n, x: keep(n, x, _product(seen(n, x), anchor[n])),
@@ -776,11 +810,14 @@ def _factors(
 
 
 def _product(x: Tensor, W: Tensor) -> Tensor:
-    """x W, x (R, n, d_in) or (B, H, n, d_in), W (B, H, d_in, d_out); with less around it than x @ W has."""
-    return torch.bmm(x.flatten(0, -3), W.flatten(0, 1)).view(*x.shape[:-1], W.shape[-1])
+    """x W, x (R, n, d_in) or (B, H, n, d_in), W (B, H, d_in, d_out) or (R, d_in, d_out).
+
+    It has less around it than x @ W.
+    """
+    return torch.bmm(x.flatten(0, -3), W.flatten(0, -3)).view(*x.shape[:-1], W.shape[-1])
 
 
-def _watch(state: State, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
+def _watch(state: State, base: Tree, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> Tree:
     """|grad_t|, |S_t| and |W_t| of a chunk's tokens (R, n); here, and only here, per-token weights are formed."""
     rank_one = {n: torch.einsum("rid,rie->ride", x, ds[n]) for n, x in xs.items()}
     moved: Tree = {}
@@ -789,6 +826,7 @@ def _watch(state: State, xs: Tree, ds: Tree, coefs: dict[str, Coefficients]) -> 
         grown = lambda first, old: first[..., None, None] * old.flatten(0, 1)[:, None]  # noqa: E731
         summed = lambda table, n=n: torch.einsum("rti,ride->rtde", table, rank_one[n])  # noqa: E731
         weights[n] = grown(c.first[..., 0], state.A[n]) + summed(c.table)
+        weights[n] = weights[n] + base[n][:, None] if base else weights[n]
         if c.first_S is not None and c.H is not None and c.H0 is not None:
             weights[n] = weights[n] + grown(c.first_S[..., 0], state.S[n])
             moved[n] = grown(c.H0, state.S[n]) + summed(c.H)

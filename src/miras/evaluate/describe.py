@@ -123,6 +123,10 @@ def equations(rule: Rule) -> list[str]:
         lr = f"b_t {lr}"
     anchor = "(prod_j (1 - forget_j)) W_anchor" if retention.decayed else "W_anchor"
     keep = "(1 - forget_t) A_{t-1}" if "forget" in retention.gates else "A_{t-1}"
+    if retention.returns:
+        keep = "A_0 + (1 - forget_t) (A_{t-1} - A_0)"
+        if retention.decayed:
+            anchor = "W_0 + (prod_j (1 - forget_j)) (W_anchor - W_0)"
     direction = STEPS.get(type(algorithm), lambda _: f"{type(algorithm).__name__}(S_t)")(algorithm)
     moved = f"A_t = {keep} + {direction}"
     if isinstance(retention, ProximalElasticNet):

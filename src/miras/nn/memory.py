@@ -14,7 +14,7 @@ from miras.core.attention import rotate
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.retention import FDivergence, LqNorm, Retention, Simplex
 from miras.core.rows import Rows
-from miras.core.rule import Rule, State, formed, init_state
+from miras.core.rule import Rule, State, anchor_weights, base_of, formed, init_state, weights
 from miras.core.state import Record, Tree
 from miras.core.typed import Typed
 from miras.nn.gates import Gate, Gates, Precise, unread, without_autocast
@@ -238,8 +238,20 @@ class MemoryReader(Mixer):
             if self.features.rotary:
                 at, position = places(position["next"], rows, x.shape[1])
                 q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
+            needed = rows.reset is not None or self.rule.retention.returns
+            initial = self.A0(x.shape[0]) if needed else None
             if rows.inside:
-                y, memory = decode(self.rule, state.memory, q, k, v, gates, outer=self.outer(), inside=True)
+                y, memory = decode(
+                    self.rule,
+                    state.memory,
+                    q,
+                    k,
+                    v,
+                    gates,
+                    initial=initial,
+                    outer=self.outer(),
+                    inside=True,
+                )
             else:
                 y, memory = scan(
                     self.rule,
@@ -251,19 +263,24 @@ class MemoryReader(Mixer):
                     valid=rows.valid(x.shape[1]),
                     write=rows.write,
                     reset=rows.reset,
-                    initial=None if rows.reset is None else self.A0(x.shape[0]),
+                    initial=initial,
                     outer=self.outer(),
                 )
         return merge(self._answer(y)).to(x.dtype), MemoryState(memory, tails, position)
 
-    def recall(self, asked: Tensor, weights: Tree, position: Tree, rows: Rows) -> Tensor:
-        """What a memory of these weights W answers to queries (B, T, H * Dk), (B, T, H * Dv); nothing is written."""
+    def weights(self, state: State) -> Tree:
+        """The weights W that the memory has in a state, {weight: (B, H, d_in, d_out)}."""
+        return weights(self.rule, state.A, base_of(self.rule, self.A0(len(state.phase))))
+
+    def recall(self, asked: Tensor, anchor: Tree, position: Tree, rows: Rows) -> Tensor:
+        """What a memory with this anchor answers to queries (B, T, H * Dk), (B, T, H * Dv); nothing is written."""
         q = heads(asked, self.num_heads).to(self.gates.dtype())
         with without_autocast(asked):
             q = self._scaled(self._sized(q))
             if self.features.rotary:
                 q = rotate(q, places(position["next"], rows, q.shape[2])[0], self.rope_theta)
-            y = self._answer(self.rule.memory.apply(q, formed(weights, self.outer())))
+            then = anchor_weights(self.rule, anchor, base_of(self.rule, self.A0(asked.shape[0])))
+            y = self._answer(self.rule.memory.apply(q, formed(then, self.outer())))
         return merge(y).to(asked.dtype)
 
     def _sized(self, q: Tensor) -> Tensor:

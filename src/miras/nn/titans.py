@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from miras.core.attention import Window
 from miras.core.conv import conv
 from miras.core.rows import Part, Rows, joined, segments
-from miras.core.rule import Rule, link
+from miras.core.rule import Rule, init_state
 from miras.core.state import Record, Tree, choose
 from miras.nn.attention import AttentionLayer, AttentionReader
 from miras.nn.config import segment_refusal
@@ -137,8 +137,8 @@ class ContextState(Record):
     """What memory as context carries, the segment in progress included.
 
     attention: the segment's keys and values so far, two for each token; memory: the memory's own state, with the
-    convolutions' tails of what was written; frozen {weight: (B, H, d_in, d_out)}: the weights at the end of the
-    segment before; tails: of the queries made from x, and of those that one memory token pools.
+    convolutions' tails of what was written; frozen {weight: (B, H, d_in, d_out)}: the memory's anchor at the end of
+    the segment before; tails: of the queries made from x, and of those that one memory token pools.
     """
 
     attention: Window
@@ -247,11 +247,11 @@ class MemoryAsContext(Mixer):
         return o, ContextState(window, memory, state.frozen, tails)
 
     def _frozen(self, state: ContextState, part: Part) -> Tree:
-        """The weights that a segment reads: those at the end of the one before, or of a new document."""
+        """The anchor that a segment reads: that at the end of the one before, or of a new document."""
         memory = state.memory.memory
-        now = memory.anchor  # a segment ends where a chunk does, where the anchor is the weights
+        now = memory.anchor  # a segment ends where a chunk does, where the anchor stands for the weights
         if part.rows.reset is not None:
-            fresh = link(self.memory.rule, self.memory.A0(len(memory.phase)))
+            fresh = init_state(self.memory.rule, self.memory.A0(len(memory.phase))).anchor
             now = choose(part.rows.reset[:, 0], fresh, now)
         return now if part.everyone or part.starts is None else choose(part.starts, now, state.frozen)
 

@@ -21,12 +21,14 @@ from miras.core.rule import (
     Masks,
     Rule,
     State,
+    anchor_weights,
+    base_of,
     bias_gates,
     check,
     close_chunk,
     gate_of,
-    link,
     per_head,
+    weights,
 )
 from miras.core.state import Tree, choose, ordinary
 
@@ -79,6 +81,8 @@ def decode(
     if rule.retention.decayed:
         retained = {n: r * keep[n] for n, r in retained.items()}
         anchor = {n: w * (retained or keep)[n] for n, w in anchor.items()}
+    base = _flat(base_of(rule, initial))
+    anchor = anchor_weights(rule, anchor, base)
     pred, backward = apply(rule.memory, anchor, apart, k.flatten(0, 1))
     xs, ds = backward(_slope(rule, pred, v.flatten(0, 1), gates))
 
@@ -95,7 +99,7 @@ def decode(
             moved = x * step * -ds[n]
         moved = rule.algorithm.direction(moved)
         A[n] = torch.addcmul(moved, keep[n], A[n]) if forgets else A[n] + moved
-    y, _ = apply(rule.memory, link(rule, A), apart, q.flatten(0, 1))
+    y, _ = apply(rule.memory, weights(rule, A, base), apart, q.flatten(0, 1))
 
     back = lambda tree: {n: x.view(state.A[n].shape) for n, x in tree.items()}  # noqa: E731
     ends = [rule.chunk_size == 1]

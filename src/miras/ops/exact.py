@@ -19,8 +19,8 @@ from miras.core.dual import accumulate, products
 from miras.core.memory import Matrix
 from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Keep
-from miras.core.rule import Inputs, Masks, Rule, State, check, init_state, unrolled
-from miras.core.scan import Chunks, Coefficients, chunked, dual
+from miras.core.rule import Inputs, Masks, Rule, State, base_of, check, init_state, unrolled
+from miras.core.scan import Chunks, Coefficients, Fixed, chunked, dual
 from miras.core.state import Tree, choose, ordinary
 
 BLOCK = 64
@@ -65,19 +65,20 @@ def blockwise(
     check(rule, state, q, k, v, gates, masks, initial, outer)
     steps = rule.algorithm.steps
     fresh = None if initial is None else _opened(init_state(rule, initial))
+    fixed = Fixed(base_of(rule, initial), {})
     rule, inputs, masks = unrolled(rule, (q, k, v, gates), masks)
     inputs = _plain(rule, inputs)
     tile = Rule(
         rule.memory,
         rule.bias,
-        Decay() if rule.retention.gates else Keep(),
+        Decay(towards=rule.retention.towards) if rule.retention.gates else Keep(),
         GradientDescent(momentum=rule.algorithm.momentum),
         BLOCK,
     )
     at_once = type(rule.bias) is Dot and not rule.algorithm.momentum and observing() is None
     run = _all_blocks if at_once else partial(dual, factors=partial(_solved, rule.retention.decayed))
     with per_token(steps):
-        y, after = chunked(run, tile, _opened(state), fresh, inputs, masks, {})
+        y, after = chunked(run, tile, _opened(state), fresh, inputs, masks, fixed)
     closed = replace(state, A=after.A, S=after.S, anchor=after.A)
     return y[:, :, steps - 1 :: steps], closed
 
@@ -102,7 +103,7 @@ def _solved(
     k: Tensor,
     v: Tensor,
     gates: Tree,
-    outer: Tree,
+    fixed: Fixed,
     coefs: dict[str, Coefficients],
 ) -> tuple[Tree, Tree, Tensor]:
     """Every token's gradient at the weights that the token before it left: (x, d) of a block, and the inner loss."""
@@ -114,6 +115,8 @@ def _solved(
         pred = pred + late(c.first_S, 0) * (k @ state.S["w"].flatten(0, 1))
     if decayed:
         pred, table = pred * c.keep[..., None], table * c.keep[..., None]
+    if fixed.base:
+        pred = torch.baddbmm(pred, k, fixed.base["w"])
     if isinstance(rule.bias, L2):
         d = torch.linalg.solve_triangular(-table, pred - v, upper=False, unitriangular=True)
         pred = d + v
@@ -148,6 +151,8 @@ def _all_blocks(
     share = before[..., -1, :, None]  # (B, H, N, 1 or Dk, 1), what it keeps
     starts = _states(state, fresh, chunks, share, grown)
     y = y + (q * before) @ torch.stack(starts[:-1], 2)
+    if chunks.fixed.base:
+        y = y + q @ chunks.fixed.base["w"][:, :, None]
     end = replace(state, A={"w": starts[-1]}, anchor={"w": starts[-1]})
     return y.flatten(2, 3), end
 

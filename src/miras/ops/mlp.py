@@ -31,7 +31,7 @@ from miras.core.dual import recorded
 from miras.core.memory import MLP
 from miras.core.observe import observing
 from miras.core.rule import Rule, State
-from miras.core.scan import Coefficients, has_dual_form
+from miras.core.scan import Coefficients, Fixed, has_dual_form
 from miras.core.state import Tree
 
 
@@ -49,7 +49,7 @@ def factors(
     k: Tensor,
     v: Tensor,
     gates: Tree,
-    outer: Tree,
+    fixed: Fixed,
     coefs: dict[str, Coefficients],
 ) -> tuple[Tree, Tree, Tensor]:
     """`at_the_anchor`; the inner loss, which only an observer wants, is left out as 0."""
@@ -57,6 +57,8 @@ def factors(
     assert isinstance(memory, MLP)
     names = [f"w{i}" for i in range(1, memory.depth + 1)]
     weights = [state.anchor[n].flatten(0, 1) for n in names]
+    if fixed.base:
+        weights = [w + fixed.base[n] for n, w in zip(names, weights, strict=True)]
     if rule.algorithm.first_order:
         weights = [w.detach() for w in weights]
     inputs = (k, v, *weights)

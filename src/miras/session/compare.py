@@ -5,12 +5,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Module
 
 from miras.core.observe import observe
-from miras.core.rule import State, link
+from miras.core.rule import State
 from miras.core.state import Record, Tree
 from miras.nn.folder import weights
 from miras.nn.lm import LM, LMState
+from miras.nn.memory import MemoryReader
 from miras.session.moment import Ids, Moment, mean
 from miras.stream.run import read
 
@@ -18,10 +20,14 @@ from miras.stream.run import read
 def memories(model: LM, state: LMState) -> dict[str, Tree]:
     """The weights W of each layer's memory, {layer: {weight: (B, H, d_in, d_out)}}; empty for attention alone."""
     return {
-        f"layers.{number}": link(model.config.rule, found.A)
-        for number, part in enumerate(state.layers)
-        for found in _states(part)
+        f"layers.{number}": reader.weights(found)
+        for number, (block, part) in enumerate(zip(model.model.layers, state.layers, strict=True))
+        for reader, found in zip(_readers(block), _states(part), strict=True)
     }
+
+
+def _readers(block: Module) -> list[MemoryReader]:
+    return [module for module in block.modules() if isinstance(module, MemoryReader)]
 
 
 def _states(value: Any) -> Iterator[State]:
