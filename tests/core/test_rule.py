@@ -314,3 +314,31 @@ def test_rules_are_values(rule):
     twin = Rule(rule.memory, rule.bias, rule.retention, rule.algorithm, rule.chunk_size)
     assert twin == rule and hash(twin) == hash(rule)
     assert rule != Rule(chunk_size=5)
+
+
+@both
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("memory", [Matrix(), MLP(expansion=1)])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_keys_and_values_may_be_made_of_the_memory_itself(function, memory, size, first_order):
+    # An inner gradient takes keys and values as given, also where they come from the very tensor of the weights.
+    rule = Rule(memory, algorithm=GradientDescent(first_order=first_order), chunk_size=size)
+    _, _, q, *_, gates = arguments(rule, T=9)
+    A0, twin = ({n: a.requires_grad_() for n, a in start(rule).items()} for _ in range(2))
+    name = next(iter(A0))
+
+    def run(source):
+        state, reads = init_state(rule, A0), []
+        for cut in (slice(0, 5), slice(5, 9)):
+            x, now = q[:, :, cut] @ source(state), {n: g[:, :, cut] for n, g in gates.items()}
+            y, state = function(rule, state, q[:, :, cut], x.sin(), x.cos(), now)
+            reads.append(y)
+        return torch.cat(reads, 2)
+
+    for source in (lambda state: state.anchor[name], lambda state: A0[name]):
+        with torch.no_grad():
+            expected = run(source)
+        assert torch.allclose(run(source), expected, rtol=0, atol=1e-12)
+    (found,) = torch.autograd.grad(run(lambda state: A0[name]).sum(), A0[name])
+    apart = torch.autograd.grad(run(lambda state: twin[name]).sum(), (A0[name], twin[name]))
+    assert torch.allclose(found, sum(apart), rtol=0, atol=1e-12)

@@ -11,8 +11,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 import miras.nn.memory
+import miras.ops.exact
 from miras.core.attention import Window
-from miras.core.rule import State, link
+from miras.core.retention import ProximalElasticNet
+from miras.core.rule import State, close_chunk
 from miras.nn.config import ModelConfig
 from miras.nn.gates import Gates, Precise
 from miras.nn.lm import LM
@@ -214,7 +216,7 @@ def test_reading_without_writing(name):
             assert new.phase.tolist() == [(read + 14) % model.config.rule.chunk_size] * 2
             for part in ("A", "S", "anchor"):
                 # A chunk that was open when writing ended closes at the weights of then.
-                expected = link(model.config.rule, old.A) if part == "anchor" else getattr(old, part)
+                expected = getattr(close_chunk(model.config.rule, old) if part == "anchor" else old, part)
                 for n, x in getattr(new, part).items():
                     assert torch.equal(x, expected[n]), (part, n)
         for n, x in after.tensors().items():
@@ -398,3 +400,35 @@ def test_flops_per_token(name):
     if name.endswith("-full"):
         formula += 2 * 4 * 64 * T
     assert formula == pytest.approx(counted, rel=0.15)
+
+
+@every
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_state_is_a_value(name, rows, monkeypatch):
+    # It shares nothing with the model, which an optimizer changes, and holds no more than it reports.
+    monkeypatch.setattr(miras.ops.exact, "BLOCK", 8)
+    model = build(name)
+    learned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    states = [model.initial(rows)]
+    for T, grad, masks in (
+        (1, False, {}),
+        (2, True, {}),
+        (16, False, {}),
+        (16, True, {}),
+        (5, False, {"reset": mask(0.5, rows, 5)}),
+    ):
+        with torch.set_grad_enabled(grad):
+            states.append(model(text(rows, T), states[-1].detach(), **masks)[1])
+    for number, state in enumerate(states):
+        for n, x in state.tensors().items():
+            storage = x.untyped_storage()
+            assert storage.nbytes() == x.nbytes, (number, n)
+            assert not x.numel() or storage.data_ptr() not in learned, (number, n)
+
+
+def test_memory_as_context_token_by_token_is_the_same_with_gradients():
+    # Keys and values come from reads of the very weights that inner gradients are taken at.
+    model, tokens = build("titans-mac", retention=ProximalElasticNet(0.02)).double(), text(2, 13)
+    with torch.no_grad():
+        expected = model(tokens)
+    close(model(tokens), expected, 1e-12)

@@ -136,7 +136,9 @@ def init_state(rule: Rule, A0: Tree) -> State:
             f"{expected} behind (B, H); got { ({n: tuple(a.shape) for n, a in A0.items()}) }"
         )
     rule = stepwise(rule)
-    A = {n: torch.zeros_like(a) for n, a in A0.items()} if rule.retention.returns else dict(A0)
+    # Copies: what a state holds does not change when an optimizer changes the A0 of a model.
+    begin = torch.zeros_like if rule.retention.returns else torch.clone
+    A = {n: begin(a, memory_format=torch.contiguous_format) for n, a in A0.items()}
     retained, recent = {}, {}
     if carries_retained(rule):
         retained = {n: torch.ones_like(a) for n, a in A0.items()}
@@ -459,7 +461,11 @@ def _token(
         if algorithm.first_order:
             anchor, origin = ({n: w.detach() for n, w in tree.items()} for tree in (anchor, base))
         W = anchor_weights(rule, {n: w * scaled[n] if scaled else w for n, w in anchor.items()}, origin)
-        W = {n: w if w.requires_grad and create else w.detach().requires_grad_() for n, w in W.items()}
+        # A view: k and v may be made of the same tensor, and do not move with it here.
+        W = {
+            n: w.view_as(w) if w.requires_grad and create else w.detach().requires_grad_()
+            for n, w in W.items()
+        }
         loss = rule.bias.loss(rule.memory.apply(k, formed(W, outer)), v, bias_gates(rule, gates))
         parts = torch.autograd.grad(loss.sum(), list(W.values()), create_graph=create)
     grad = dict(zip(W, parts, strict=True))

@@ -555,13 +555,13 @@ def _form(
         surprise = surprise * -gates[f"lr.{n}"]
         if rule.algorithm.momentum:
             surprise = accumulate(gates[f"momentum.{n}"], surprise, S[n])
-            last["S"].append(surprise[:, :, -1])
+            last["S"].append(surprise[:, :, -1].clone())  # a view would keep those of every token
         moved[n] = surprise
         step = rule.algorithm.direction(surprise)
         if write is not None:
             step = torch.where(write[:, None, :, None, None], step, 0)
         grown = accumulate(gates[f"keep.{n}"], step, A[n])
-        last["A"].append(grown[:, :, -1])
+        last["A"].append(grown[:, :, -1].clone())
         W[n] = rule.retention.link(grown + base[n][:, :, None] if base else grown)
     weights = Weights(
         linear=lambda n, x: (x[..., None, :] @ W[n])[..., 0, :],

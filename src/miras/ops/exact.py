@@ -153,7 +153,8 @@ def _all_blocks(
     y = y + (q * before) @ torch.stack(starts[:-1], 2)
     if chunks.fixed.base:
         y = y + q @ chunks.fixed.base["w"][:, :, None]
-    end = replace(state, A={"w": starts[-1]}, anchor={"w": starts[-1]})
+    last = starts[-1].clone()  # a view would keep the memory of every block
+    end = replace(state, A={"w": last}, anchor={"w": last})
     return y.flatten(2, 3), end
 
 
