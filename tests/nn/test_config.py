@@ -12,7 +12,7 @@ from miras.core.algorithm import GradientAscent, GradientDescent
 from miras.core.bias import Bias
 from miras.core.memory import MLP, GatedMLP, Matrix
 from miras.core.retention import Bregman, FDivergence, Keep, Simplex
-from miras.core.rule import Rule, link
+from miras.core.rule import Rule, weights
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
@@ -190,7 +190,7 @@ def test_moneta_begins_with_weights_of_the_size_that_is_asked():
     torch.manual_seed(0)
     config = preset("moneta", **SMALL)
     A0 = LM(config).model.layers[0].mixer.reader.A0(1)
-    for name, w in link(config.rule, A0).items():
+    for name, w in weights(config.rule, A0, {}).items():
         rms = w.square().mean((-2, -1)).sqrt()
         torch.testing.assert_close(rms, torch.full_like(rms, 2.0 * A0[name].shape[-2] ** -0.5))
 
