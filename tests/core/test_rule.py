@@ -342,3 +342,48 @@ def test_keys_and_values_may_be_made_of_the_memory_itself(function, memory, size
     (found,) = torch.autograd.grad(run(lambda state: A0[name]).sum(), A0[name])
     apart = torch.autograd.grad(run(lambda state: twin[name]).sum(), (A0[name], twin[name]))
     assert torch.allclose(found, sum(apart), rtol=0, atol=1e-12)
+
+
+class Scalar(miras.L2):
+    def loss(self, pred, target, gates):
+        return torch.nn.functional.mse_loss(pred, target)
+
+
+class PerChannel(miras.L2):
+    def loss(self, pred, target, gates):
+        return (pred - target).square()
+
+
+class Narrow(miras.Matrix):
+    def apply(self, x, w):
+        return super().apply(x, w)[..., :1]
+
+
+class OneNumber(miras.GradientDescent):
+    def direction(self, S):
+        return S.mean()
+
+
+class OneRow(miras.Keep):
+    def link(self, A):
+        return A.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("function", [scan, recurrence, miras.scan])
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"bias": Scalar()}, "Scalar.loss must give one number per token, ({tokens}) for predictions"),
+        ({"bias": PerChannel()}, "PerChannel.loss must give one number per token, ({tokens}) for"),
+        ({"memory": Narrow()}, "Narrow.apply must give the shape ({tokens}, 4); got ({tokens}, 1)"),
+        ({"algorithm": OneNumber()}, "OneNumber.direction must give the shape ("),
+        ({"retention": OneRow()}, "OneRow.link must give the shape ("),
+    ],
+)
+@torch.no_grad()
+def test_a_choice_of_ones_own_gives_the_right_shape(function, T, choice, message):
+    rule = Rule(**choice, chunk_size=3)
+    pattern = re.escape(message).replace(re.escape("{tokens}"), "[0-9, ]*")
+    with pytest.raises(ValueError, match="^" + pattern):
+        function(*arguments(rule, T))

@@ -98,7 +98,39 @@ class Masks(NamedTuple):
 
 def weights(rule: Rule, A: Tree, base: Tree) -> Tree:
     """The weights that belong to an accumulator; base as `base_of` gives it."""
-    return {n: rule.retention.link(a + base[n] if base else a) for n, a in A.items()}
+    return {n: linked(rule, a + base[n] if base else a) for n, a in A.items()}
+
+
+def linked(rule: Rule, A: Tensor) -> Tensor:
+    """link(A). Raises ValueError where it has not the shape of A."""
+    return _like(A, rule.retention.link(A), f"{type(rule.retention).__name__}.link")
+
+
+def directed(rule: Rule, S: Tensor) -> Tensor:
+    """direction(S). Raises ValueError where it has not the shape of S."""
+    return _like(S, rule.algorithm.direction(S), f"{type(rule.algorithm).__name__}.direction")
+
+
+def inner_loss(rule: Rule, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
+    """The bias's loss of every token, (..., d_value) to (...,).
+
+    Raises ValueError where it has another shape: a sum over tokens or rows would make each gradient depend on all.
+    """
+    _like(target, pred, f"{type(rule.memory).__name__}.apply")
+    loss = rule.bias.loss(pred, target, gates)
+    if loss.shape != pred.shape[:-1]:
+        raise ValueError(
+            f"{type(rule.bias).__name__}.loss must give one number per token, {tuple(pred.shape[:-1])} for "
+            f"predictions {tuple(pred.shape)}; got {tuple(loss.shape)}. Reduce over the last axis, and over no other: "
+            f".sum(-1)"
+        )
+    return loss
+
+
+def _like(old: Tensor, new: Tensor, what: str) -> Tensor:
+    if new.shape != old.shape:
+        raise ValueError(f"{what} must give the shape {tuple(old.shape)}; got {tuple(new.shape)}")
+    return new
 
 
 def anchor_weights(rule: Rule, anchor: Tree, base: Tree) -> Tree:
@@ -466,7 +498,7 @@ def _token(
             n: w.view_as(w) if w.requires_grad and create else w.detach().requires_grad_()
             for n, w in W.items()
         }
-        loss = rule.bias.loss(rule.memory.apply(k, formed(W, outer)), v, bias_gates(rule, gates))
+        loss = inner_loss(rule, rule.memory.apply(k, formed(W, outer)), v, bias_gates(rule, gates))
         parts = torch.autograd.grad(loss.sum(), list(W.values()), create_graph=create)
     grad = dict(zip(W, parts, strict=True))
 
@@ -485,7 +517,7 @@ def _token(
             surprise = at("momentum", n) * before + surprise
             S[n] = where(surprise, before)
         moved[n] = where(surprise, torch.zeros_like(surprise) if before is None else before)
-        A[n] = where(retention.advance(state.A[n], keep[n], algorithm.direction(surprise)), state.A[n])
+        A[n] = where(retention.advance(state.A[n], keep[n], directed(rule, surprise)), state.A[n])
 
     W_now = weights(rule, A, base)
     y = rule.memory.apply(q, formed(W_now, outer))

@@ -38,8 +38,11 @@ from miras.core.rule import (
     bias_gates,
     check,
     close_chunk,
+    directed,
     gate_of,
     init_state,
+    inner_loss,
+    linked,
     norm,
     observed,
     per_head,
@@ -557,12 +560,12 @@ def _form(
             surprise = accumulate(gates[f"momentum.{n}"], surprise, S[n])
             last["S"].append(surprise[:, :, -1].clone())  # a view would keep those of every token
         moved[n] = surprise
-        step = rule.algorithm.direction(surprise)
+        step = directed(rule, surprise)
         if write is not None:
             step = torch.where(write[:, None, :, None, None], step, 0)
         grown = accumulate(gates[f"keep.{n}"], step, A[n])
         last["A"].append(grown[:, :, -1].clone())
-        W[n] = rule.retention.link(grown + base[n][:, :, None] if base else grown)
+        W[n] = linked(rule, grown + base[n][:, :, None] if base else grown)
     weights = Weights(
         linear=lambda n, x: (x[..., None, :] @ W[n])[..., 0, :],
         scale=lambda n, x: x * W[n][..., 0],
@@ -802,7 +805,7 @@ def _factors(
         outer={n: p[:, None] for n, p in outer.items()},
     )
     with torch.enable_grad():
-        loss = rule.bias.loss(rule.memory.apply(k, weights), v, bias_gates(rule, gates))
+        loss = inner_loss(rule, rule.memory.apply(k, weights), v, bias_gates(rule, gates))
         ds = torch.autograd.grad(loss, list(outs.values()), torch.ones_like(loss), create_graph=create)
     if not create:
         xs, loss = {n: x.detach() for n, x in xs.items()}, loss.detach()

@@ -26,7 +26,9 @@ from miras.core.rule import (
     bias_gates,
     check,
     close_chunk,
+    directed,
     gate_of,
+    inner_loss,
     per_head,
     weights,
 )
@@ -97,7 +99,7 @@ def decode(
             S[n] = moved.addcmul_(x * step, ds[n], value=-1)
         else:
             moved = x * step * -ds[n]
-        moved = rule.algorithm.direction(moved)
+        moved = directed(rule, moved)
         A[n] = torch.addcmul(moved, keep[n], A[n]) if forgets else A[n] + moved
     y, _ = apply(rule.memory, weights(rule, A, base), apart, q.flatten(0, 1))
 
@@ -138,7 +140,7 @@ def _slope(rule: Rule, pred: Tensor, v: Tensor, gates: Tree) -> Tensor:
         return -v
     with torch.enable_grad():
         pred = pred.detach().requires_grad_()
-        loss = rule.bias.loss(pred, v, _flat(bias_gates(rule, gates)))
+        loss = inner_loss(rule, pred, v, _flat(bias_gates(rule, gates)))
         return torch.autograd.grad(loss.sum(), pred)[0]
 
 
