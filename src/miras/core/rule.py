@@ -121,8 +121,8 @@ def inner_loss(rule: Rule, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
     if loss.shape != pred.shape[:-1]:
         raise ValueError(
             f"{type(rule.bias).__name__}.loss must give one number per token, {tuple(pred.shape[:-1])} for "
-            f"predictions {tuple(pred.shape)}; got {tuple(loss.shape)}. Reduce over the last axis, and over no other: "
-            f".sum(-1)"
+            f"predictions {tuple(pred.shape)}; got {tuple(loss.shape)}. Reduce over the last axis only, as "
+            f".sum(-1) does"
         )
     return loss
 
