@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 import miras
+import miras.data
+import miras.evaluate
+import miras.hf
+import miras.report
+import miras.stream
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "miras"
@@ -170,8 +175,9 @@ def test_imports_stay_cheap(module: str, heavy: list[str]):
 
 def test_no_module_has_the_name_of_a_public_function():
     # Python binds a submodule to its package on import: miras.presets() would then be a module.
-    modules = {module.name for module in pkgutil.iter_modules(miras.__path__)}
-    assert modules & set(miras.__all__) == set()
+    for package in (miras, miras.data, miras.evaluate, miras.hf, miras.report, miras.stream):
+        modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+        assert modules & set(package.__all__) == set(), package
 
 
 def test_the_public_functions_stay_functions():

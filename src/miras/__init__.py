@@ -32,6 +32,13 @@ _HOMES = {
     "miras.nn.lm": ("LM", "LMState"),
     "miras.nn.compiled": ("Compiled",),
     "miras.zoo": ("preset", "presets"),
+    "miras.nn.folder": ("load_model", "save_model"),
+    "miras.nn.reading": ("read_pieces",),
+    "miras.data.tokens": ("ByteTokenizer", "FileTokenizer", "load_tokenizer"),
+    "miras.stream.generation": ("generate",),
+    "miras.stream.run": ("read",),
+    "miras.stream.files": ("load_state", "save_state"),
+    "miras.report.look": ("surprise_page",),
     "miras.hf": (
         "MirasConfig",
         "MirasModel",
@@ -78,6 +85,9 @@ if TYPE_CHECKING:
     from miras.core.rule import State as State
     from miras.core.rule import init_state as init_state
     from miras.core.rule import recurrence as recurrence
+    from miras.data.tokens import ByteTokenizer as ByteTokenizer
+    from miras.data.tokens import FileTokenizer as FileTokenizer
+    from miras.data.tokens import load_tokenizer as load_tokenizer
     from miras.hf import MirasCache as MirasCache
     from miras.hf import MirasConfig as MirasConfig
     from miras.hf import MirasForCausalLM as MirasForCausalLM
@@ -86,16 +96,24 @@ if TYPE_CHECKING:
     from miras.nn.attention import AttentionLayer as AttentionLayer
     from miras.nn.compiled import Compiled as Compiled
     from miras.nn.config import ModelConfig as ModelConfig
+    from miras.nn.folder import load_model as load_model
+    from miras.nn.folder import save_model as save_model
     from miras.nn.gates import Gate as Gate
     from miras.nn.lm import LM as LM
     from miras.nn.lm import LMState as LMState
     from miras.nn.memory import Features as Features
     from miras.nn.memory import MemoryLayer as MemoryLayer
+    from miras.nn.reading import read_pieces as read_pieces
     from miras.nn.titans import MemoryAsContext as MemoryAsContext
     from miras.nn.titans import MemoryAsGate as MemoryAsGate
     from miras.nn.titans import MemoryAsLayer as MemoryAsLayer
     from miras.ops import scan as scan
+    from miras.report.look import surprise_page as surprise_page
     from miras.session.session import Session as Session
+    from miras.stream.files import load_state as load_state
+    from miras.stream.files import save_state as save_state
+    from miras.stream.generation import generate as generate
+    from miras.stream.run import read as read
     from miras.zoo import preset as preset
     from miras.zoo import presets as presets
 
@@ -110,4 +128,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*__all__, "__version__"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from miras.nn.lm import LM
 from miras.stream import generate, read
-from miras.stream.generate import sample
+from miras.stream.generation import sample
 
 Make = Callable[..., LM]
 Text = NDArray[np.uint8]

@@ -1,16 +1,19 @@
 """One channel through which a running memory can be watched, without touching any signature."""
 
-from collections.abc import Generator
+import html
+import math
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 
-@dataclass
-class Observation:
+@dataclass(eq=False, repr=False)
+class Observation(Mapping[str, dict[str, Tensor]]):
     """What memories did while it was open: `seen[layer][name]` is (B, H, T), by head and token.
 
     Names: `momentary` |grad_t|, `accumulated` |S_t|, `loss` (the inner loss), `weight` |W_t|, and each gate the
@@ -31,9 +34,49 @@ class Observation:
         calls = self.calls[layer]
         return {name: torch.cat([c[name] for c in calls], -1) for name in calls[0]}
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.calls)
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __bool__(self) -> bool:
+        return True  # an open observation that has seen nothing is one
+
     def layers(self) -> tuple[str, ...]:
         """Names of the layers that were seen, in the order of their first token."""
         return tuple(self.calls)
+
+    def __repr__(self) -> str:
+        if not self.calls:
+            return "Observation(nothing was seen)"
+        layer, calls = next(iter(self.calls.items()))
+        B, H, _ = next(iter(calls[0].values())).shape
+        T = sum(next(iter(call.values())).shape[-1] for call in calls)
+        size = f"{len(self.calls)} layer{'s' * (len(self.calls) != 1)}, {B} x {H} heads x {T:,} tokens"
+        return f"Observation({size}; seen[{layer!r}] has {', '.join(calls[0])})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each layer's momentary surprise along the tokens, its mean over rows and heads."""
+        rows = [
+            f"<tr><th>{name}</th><td>{_sketch(self[name]['momentary'].double().mean((0, 1)).tolist())}</td></tr>"
+            for name in self.calls
+        ]
+        said = html.escape(repr(self))
+        return f"<p>{said}</p><p>Momentary surprise by token:</p><table>{''.join(rows)}</table>"
+
+
+def _sketch(values: list[float], width: int = 600, height: int = 60) -> str:
+    """A line through values, each point the mean of a stretch of them, from 0 to the largest."""
+    values = [x if math.isfinite(x) else 0.0 for x in values]
+    step = -(-len(values) // width)
+    means = [fmean(values[i : i + step]) for i in range(0, len(values), step)]
+    top = max(means) or 1.0
+    points = " ".join(
+        f"{i * width / len(means):.1f},{height * (1 - y / top):.1f}" for i, y in enumerate(means)
+    )
+    line = f'<polyline points="{points}" fill="none" stroke="currentColor"/>'
+    return f'<svg width="{width}" height="{height}" role="img">{line}</svg> up to {top:.3g}'
 
 
 _open: ContextVar[Observation | None] = ContextVar("observation", default=None)

@@ -52,6 +52,13 @@ def _walk(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 class Record:
     """A frozen, possibly nested, collection of tensors with the row axis first."""
 
+    def __init_subclass__(cls) -> None:
+        # Where a class has none, @dataclass makes one that prints every number.
+        cls.__repr__ = cls.__repr__
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_held(self)})"
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
         """The same record with `fn` applied to every tensor."""
         return _map(self, lambda _, x: fn(x))
@@ -89,6 +96,14 @@ class Record:
     def nbytes(self) -> int:
         """Bytes held by the tensors."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
+
+
+def _held(record: Record) -> str:
+    """How much a record holds, in words."""
+    tensors = list(record.tensors().values())
+    kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in tensors))
+    rows = f"{len(tensors[0])} row{'s' * (len(tensors[0]) != 1)}, " if tensors else ""
+    return f"{rows}{len(tensors)} tensors, {record.nbytes():,} bytes of {kinds or 'nothing'}"
 
 
 def choose(rows: Tensor, yes: T, no: T) -> T:

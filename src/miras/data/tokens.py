@@ -184,7 +184,7 @@ def _checked_ids(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[
     return array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenFile:
     """Token ids on disk, `<name>.tokens` (raw little-endian) beside `<name>.json`, mapped into memory.
 
@@ -200,6 +200,9 @@ class TokenFile:
     fingerprint: str  # of the tokenizer
     source_sha256: str
     tokens_sha256: str
+
+    def __repr__(self) -> str:
+        return f"TokenFile({str(self.path)!r}, {self.num_documents:,} documents, {self.num_tokens:,} tokens)"
 
     @property
     def num_tokens(self) -> int:

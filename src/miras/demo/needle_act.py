@@ -12,7 +12,7 @@ from miras.demo.meter import Clock, bar, process_memory_mb
 from miras.nn.lm import LM
 from miras.nn.reading import read_pieces
 from miras.report import AccuracyPoint, AccuracySeries, Curve, NeedleAccuracy, NeedleAct
-from miras.stream.generate import generate
+from miras.stream.generation import generate
 
 DEPTH = 0.01
 PIECE = 8192

@@ -34,7 +34,7 @@ from miras.report import (
     SurprisePage,
 )
 from miras.stream.files import save_state
-from miras.stream.generate import generate
+from miras.stream.generation import generate
 from miras.stream.run import read
 from miras.train.loop import Run
 from miras.train.options import Settings

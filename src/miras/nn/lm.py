@@ -26,6 +26,21 @@ class LMState(Record):
     layers: tuple[Any, ...]
     tokens: Tensor
 
+    def __repr__(self) -> str:
+        rows = len(self.tokens)
+        read = "" if self.tokens.is_meta else f", {_counts(self.tokens.tolist())} tokens read"
+        return (
+            f"{type(self).__name__}({rows} row{'s' * (rows != 1)}{read}, {len(self.layers)} layers, "
+            f"{self.nbytes():,} bytes on {self.tokens.device})"
+        )
+
+
+def _counts(tokens: list[int]) -> str:
+    """Token counts of a few rows, or their range."""
+    if len(set(tokens)) == 1:
+        return f"{tokens[0]:,}"
+    return f"{min(tokens):,} to {max(tokens):,}" if tokens else "no"
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x))."""

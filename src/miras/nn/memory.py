@@ -121,6 +121,9 @@ class InitialMemory(Precise):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(num_heads, *shape)))
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name} {tuple(a.shape)}" for name, a in self.named_parameters())
+
     def reset_parameters(self, retention: Retention) -> None:
         """Normal with deviation scale / sqrt(d_in), and 0 for vectors (1, d_out), which are added.
 

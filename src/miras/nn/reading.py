@@ -35,7 +35,7 @@ class StreamState(LMState):
     logits: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Piece:
     """What became of n tokens of each of B streams.
 
@@ -49,6 +49,10 @@ class Piece:
     losses: NDArray[np.float32]
     predicted: NDArray[np.int64]
     state: StreamState
+
+    def __repr__(self) -> str:
+        B, n = self.tokens.shape
+        return f"Piece({B} x {n:,} tokens from {self.start:,}, {self.state!r})"
 
 
 def read_pieces(

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miras.data.tokens import Tokenizer
-from miras.nn.folder import check_place, model_hash, write_atomically
-from miras.nn.lm import LM
+from miras.nn.folder import check_place
 from miras.nn.threads import set_threads
-from miras.report.explorer import bits_per_byte, facts_of, render_explorer, shortened, tracks_of
+from miras.report.explorer import facts_of
+from miras.report.look import described, is_page, page_of
 from miras.report.options import ReportOptions
 from miras.report.text import visible
 from miras.report.watch import as_text, check_layers, first_tokens, watch
@@ -45,47 +45,29 @@ def report(options: ReportOptions) -> int:
                 piece=options.piece,
                 progress=lambda done: progress.update(bar, completed=done, note=f"{done:,} tokens"),
             )
-        tracks = tracks_of(watched, thin=not options.layers)
-        left_out = shortened(watched, tracks)
-        page = render_explorer(
+        page = page_of(
             watched,
-            tracks,
+            facts_of(watched, named(options.model), described(model), more),
+            thin=not options.layers,
             title=f"Surprise in {'standard input' if options.file == '-' else Path(options.file).name}",
-            facts=facts_of(watched, named(options.model), described(model), more),
-            notes=[left_out] if left_out else [],
             command=command_of(options),
-        ).encode("utf-8")
-        write_atomically(options.out, page)
+        )
+        page.save(options.out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("no page was written") from None
     goes_on = " (the text goes on: --tokens 0 reads all of it)" if more else ""
-    bits = bits_per_byte(watched)
+    bits = page.bits_per_byte
     rate = "none of them predicted" if math.isnan(bits) else f"{bits:.4f} bits per byte"
     print(f"{len(ids):,} tokens{goes_on}, {rate}")
-    if left_out:
-        print(left_out)
-    print(f"Look at {visible(str(options.out))} ({size_text(len(page))})")
+    if page.left_out:
+        print(page.left_out)
+    print(f"Look at {visible(str(options.out))} ({size_text(options.out.stat().st_size)})")
     return 0
-
-
-def is_page(path: Path) -> bool:
-    """Whether a file is a page that miras wrote."""
-    with path.open("rb") as file:
-        return b'<meta name="generator" content="miras">' in file.read(256)
 
 
 def named(folder: Path) -> str:
     """A model's name: its folder with the one it is in, as runs/first/model is the model of a run."""
     return "/".join(folder.resolve().parts[-2:])
-
-
-def described(model: LM) -> str:
-    """The model in a few words."""
-    config = model.config
-    return (
-        f"{config.num_hidden_layers} layers of {' and '.join(dict.fromkeys(config.pattern))}, "
-        f"{model.num_parameters():,} parameters, {model_hash(model)[:12]}"
-    )
 
 
 def command_of(options: ReportOptions) -> str:

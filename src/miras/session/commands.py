@@ -35,7 +35,7 @@ from miras.session.options import (
     ShowOptions,
 )
 from miras.session.session import Session
-from miras.stream.generate import check_sampling
+from miras.stream.generation import check_sampling
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
 from miras.stream.terminal import progress_bar, say, size_text
 

@@ -23,7 +23,7 @@ def compact(ids: NDArray[np.int64], vocab_size: int) -> Ids:
     return ids.astype(np.uint8 if vocab_size <= 256 else np.int32)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Episode:
     """One thing that was read, and how well.
 
@@ -43,6 +43,10 @@ class Episode:
     after: float | None = None
     learned: int = 0
 
+    def __repr__(self) -> str:
+        loss = "" if self.loss is None else f", loss {self.loss:.3f} nats"
+        return f"Episode({self.name!r}, {self.time}, {self.tokens:,} tokens{loss}, {len(self.kept):,} kept)"
+
     @property
     def loss(self) -> float | None:
         """Mean loss while it was read, in nats per token; None when nothing in it was predicted."""
@@ -60,12 +64,15 @@ class Episode:
         )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reservoir:
     """A bounded sample of the segments seen so far, each of which is in it with the same probability."""
 
     segments: tuple[Ids, ...] = ()
     seen: int = 0
+
+    def __repr__(self) -> str:
+        return f"Reservoir({len(self.segments)} of {self.seen:,} segments)"
 
     def with_segment(self, segment: Ids, size: int) -> "Reservoir":
         """The sample after one more segment; `size` segments are the most it holds."""
@@ -84,7 +91,7 @@ class Reservoir:
         return np.random.default_rng(self.seen)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Moment:
     """All that a session is at one time: what a mark keeps and a rewind brings back.
 
@@ -95,6 +102,10 @@ class Moment:
     episodes: tuple[Episode, ...] = ()
     delta: Tree = field(default_factory=dict)
     past: Reservoir = field(default_factory=Reservoir)
+
+    def __repr__(self) -> str:
+        learned = f", {len(self.delta)} weights learned" if self.delta else ""
+        return f"Moment({self.tokens:,} tokens, {len(self.episodes)} episodes{learned})"
 
     @property
     def tokens(self) -> int:

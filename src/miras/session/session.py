@@ -1,6 +1,7 @@
 """A memory that goes on: what it is fed it learns, and it can be forked, rewound, saved and asked."""
 
 import copy
+import html
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,11 +24,11 @@ from miras.session.learning import Learner, Learning, difference, learned
 from miras.session.lock import hold
 from miras.session.moment import KEEP, Episode, Ids, Moment, compact, distinct, mean
 from miras.stream.files import now
-from miras.stream.generate import Generation
-from miras.stream.generate import generate as generation
+from miras.stream.generation import Generation
+from miras.stream.generation import generate as generation
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Fed:
     """What feeding T tokens brought.
 
@@ -38,6 +39,15 @@ class Fed:
     tokens: Ids
     losses: NDArray[np.float32]
     seen: Observation | None
+
+    def __repr__(self) -> str:
+        loss = "nothing predicted" if self.loss is None else f"loss {self.loss:.3f} nats"
+        watched = "" if self.seen is None else f", {self.seen!r}"
+        return f"Fed({len(self.tokens):,} tokens, {loss}{watched})"
+
+    def _repr_html_(self) -> str:
+        seen = "" if self.seen is None else self.seen._repr_html_()
+        return f"<p>{html.escape(repr(replace(self, seen=None)))}</p>{seen}"
 
     @property
     def loss(self) -> float | None:
@@ -85,6 +95,23 @@ class Session:
         # A copy, because an initial state is a view of the model's own parameters.
         self.now = Moment(model.initial(1).map(lambda x: x.detach().clone()))
         self._open = False
+
+    def __repr__(self) -> str:
+        marks = f", marks {', '.join(map(repr, self.marks))}" if self.marks else ""
+        names = [repr(episode.name) for episode in self.now.episodes]
+        read = f"{len(names)} episodes, the last {names[-1]}" if names else "nothing read yet"
+        return f"Session(model {self.hash}, {self.tokens:,} tokens, {read}{marks})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what was read, how well, and how much of it was kept."""
+        rows = [
+            (e.name, e.time, f"{e.tokens:,}", "" if e.loss is None else f"{e.loss:.3f}", f"{len(e.kept):,}")
+            for e in self.now.episodes
+        ]
+        head = ("episode", "begun (UTC)", "tokens", "loss in nats", "kept")
+        cells = ["".join(f"<td>{html.escape(x)}</td>" for x in row) for row in rows]
+        table = "".join(f"<tr>{each}</tr>" for each in ["".join(f"<th>{x}</th>" for x in head), *cells])
+        return f"<p>{html.escape(repr(self))}</p><table>{table}</table>"
 
     @property
     def tokens(self) -> int:

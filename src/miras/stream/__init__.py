@@ -2,7 +2,7 @@
 
 from miras.nn.reading import Piece, StreamState, read_pieces
 from miras.stream.files import StateHeader, load_state, read_header, save_state
-from miras.stream.generate import Generation, generate
+from miras.stream.generation import Generation, generate
 from miras.stream.run import Reading, read
 
 __all__ = [

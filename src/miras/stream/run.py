@@ -13,7 +13,7 @@ from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Tokens, read_pieces
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Reading:
     """What T tokens of each of B streams brought.
 
@@ -24,6 +24,13 @@ class Reading:
     losses: NDArray[np.float32]
     state: LMState
     seen: Observation | None
+
+    def __repr__(self) -> str:
+        B, T = self.losses.shape
+        loss = (
+            "nothing predicted" if np.isnan(self.losses).all() else f"mean loss {np.nanmean(self.losses):.3f}"
+        )
+        return f"Reading({B} x {T:,} tokens, {loss}, {self.state!r}, seen={self.seen!r})"
 
 
 def never(places: NDArray[np.int64]) -> NDArray[np.bool_]:

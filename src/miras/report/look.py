@@ -1,0 +1,85 @@
+"""The page of surprise from Python: a reading in, a page out, to keep as a file or look at in a notebook."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from miras.data.tokens import ByteTokenizer, Tokenizer
+from miras.nn.folder import check_place, model_hash, write_atomically
+from miras.nn.lm import LM, LMState
+from miras.report.explorer import Watched, bits_per_byte, facts_of, render_explorer, shortened, tracks_of
+from miras.report.text import esc
+from miras.report.watch import watch
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page as HTML text, which needs nothing else; a notebook shows it. left_out: what it has no room for."""
+
+    html: str
+    bits_per_byte: float
+    left_out: str = ""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page to a file. Raises ValueError where something that is no page of miras would be lost."""
+        path = Path(path)
+        check_place("path", path, is_page, "a page of miras")
+        write_atomically(path, self.html.encode("utf-8"))
+        return path
+
+    def __repr__(self) -> str:
+        return f"Page({len(self.html):,} characters of HTML, {self.bits_per_byte:.4f} bits per byte)"
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{esc(self.html)}" width="100%" height="700" style="border:0"></iframe>'
+
+
+def surprise_page(
+    model: LM,
+    text: str | bytes | NDArray[np.int64],
+    tokenizer: Tokenizer | None = None,
+    state: LMState | None = None,
+    *,
+    layers: Sequence[int] = (),
+    title: str = "Surprise",
+    piece: int = 2048,
+) -> Page:
+    """Read a text (or its token ids) once, behind `state`, and draw what surprised the model and its memories.
+
+    `tokenizer` None: tokens are bytes. `layers` names the memory layers to show, all of them without it. Raises
+    ValueError for a layer without memory, and for no tokens.
+    """
+    tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    ids = tokenizer.encode(text) if isinstance(text, str | bytes) else text
+    watched = watch(model, tokenizer, ids, state, layers=layers, piece=piece)
+    facts = facts_of(watched, "a model in Python", described(model), more=False)
+    return page_of(watched, facts, thin=not layers, title=title)
+
+
+def page_of(
+    watched: Watched, facts: list[tuple[str, str, str]], *, thin: bool, title: str, command: str = ""
+) -> Page:
+    """The page of what was watched; `thin` leaves out what a small page has no room for."""
+    tracks = tracks_of(watched, thin=thin)
+    left_out = shortened(watched, tracks)
+    notes = [left_out] if left_out else []
+    html = render_explorer(watched, tracks, title=title, facts=facts, notes=notes, command=command)
+    return Page(html, bits_per_byte(watched), left_out)
+
+
+def described(model: LM) -> str:
+    """The model in a few words."""
+    config = model.config
+    return (
+        f"{config.num_hidden_layers} layers of {' and '.join(dict.fromkeys(config.pattern))}, "
+        f"{model.num_parameters():,} parameters, {model_hash(model)[:12]}"
+    )
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that miras wrote."""
+    with path.open("rb") as file:
+        return b'<meta name="generator" content="miras">' in file.read(256)
