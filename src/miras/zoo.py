@@ -4,6 +4,7 @@ An ablation is one override:
 
     no momentum               algorithm=GradientDescent(step_bound=1.0)
     no forgetting             retention=Keep()
+    forgetting to nothing     retention=Decay(), as the papers print it: deep memories do not learn with it
     no convolution            conv_size=0
     no persistent tokens      num_persistent=0
     linear memory             memory=Matrix()
@@ -35,7 +36,12 @@ from miras.nn.lm import LM
 from miras.nn.memory import DEFAULT_GATES, Features
 
 TITANS = {
-    "rule": Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
+    "rule": Rule(
+        memory=MLP(),
+        retention=Decay(towards="initial"),
+        algorithm=GradientDescent(momentum=True, step_bound=10.0),
+        chunk_size=16,
+    ),
     "gates": {
         "lr": Gate(scale=0.25, per_weight=True),
         "momentum": Gate(scale=0.9, per_weight=True),
@@ -156,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "titans-linear": {
         "pattern": ("memory",),
-        "rule": Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=16),
+        "rule": dataclasses.replace(TITANS["rule"], memory=Matrix()),
         "gates": TITANS["gates"],
     },
     "titans-lmm": {"pattern": ("memory",), **TITANS},
@@ -165,17 +171,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "titans-mal": {"pattern": ("mal",), "window_size": 2048, "num_persistent": 128, **TITANS},
     "swa-lmm": {"pattern": ("attention", "memory"), "window_size": 2048, "num_persistent": 128, **TITANS},
     "moneta": {
-        "rule": Rule(MLP(), Lp(3.0, clip=1.0), LqNorm(4.0), GradientDescent(step_bound=1.0), chunk_size=16),
+        "rule": Rule(
+            MLP(),
+            Lp(3.0, clip=1.0),
+            LqNorm(4.0, towards="initial"),
+            GradientDescent(step_bound=1.0),
+            chunk_size=16,
+        ),
         "gates": _by_channel(0.05),
         "initial_scale": 2.0,
     },
     "yaad": {
-        "rule": Rule(MLP(), Huber(), Decay(), GradientDescent(step_bound=1.0), chunk_size=16),
+        "rule": Rule(
+            MLP(), Huber(), Decay(towards="initial"), GradientDescent(step_bound=1.0), chunk_size=16
+        ),
         "gates": _by_channel(0.1) | {"delta": Gate("softplus", bias=0.5413)},
     },
     "memora": {
         "rule": Rule(
-            MLP(), retention=Simplex("input"), algorithm=GradientDescent(step_bound=1.0), chunk_size=16
+            MLP(),
+            retention=Simplex("input", towards="initial"),
+            algorithm=GradientDescent(step_bound=1.0),
+            chunk_size=16,
         ),
         "gates": _by_channel(0.25),
         "initial_scale": 3.0,

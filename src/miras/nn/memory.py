@@ -12,7 +12,7 @@ from miras.core.activation import silu
 from miras.core.algorithm import GradientDescent
 from miras.core.attention import rotate
 from miras.core.memory import MLP, Matrix, Memory
-from miras.core.retention import FDivergence, LqNorm, Retention, Simplex
+from miras.core.retention import Decay, FDivergence, LqNorm, Retention, Simplex
 from miras.core.rows import Rows
 from miras.core.rule import Rule, State, anchor_weights, base_of, formed, init_state, weights
 from miras.core.state import Record, Tree
@@ -35,7 +35,11 @@ class MemoryState(Record):
     position: Tree = field(default_factory=dict[str, Tensor])
 
 
-TITANS_RULE = Rule(memory=MLP(), algorithm=GradientDescent(momentum=True, step_bound=10.0))
+TITANS_RULE = Rule(
+    memory=MLP(),
+    retention=Decay(towards="initial"),
+    algorithm=GradientDescent(momentum=True, step_bound=10.0),
+)
 """Titans' memory (NeurIPS version): two layers, expansion 4, momentum, forgetting, chunks of 16."""
 
 DEFAULT_GATES: dict[str, Gate] = {
