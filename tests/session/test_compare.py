@@ -85,12 +85,13 @@ def test_diff_names_the_layer_that_moved_and_how_far(session: Session, text: byt
     other.now = type(other.now)(session.now.state.with_tensors(tensors | {name: changed}))
     rows = {(row.layer, row.weight): row for row in session.diff(other)}
     row = rows.pop(("layers.1", "w2"))
-    heads = tensors[name][0].double().flatten(1).norm(dim=1)
-    assert row.heads == pytest.approx((0, 0.5))
-    assert row.size == pytest.approx(float(heads.norm())) and row.distance == pytest.approx(
-        float(heads[1]) / 2
-    )
-    assert row.share == pytest.approx(float(heads[1] / 2 / heads.norm()))
+    learned = tensors[name][0].double()  # A - A_0, of which half is added
+    start = session.model.state_dict()["model.layers.1.mixer.memory.A0.w2"]
+    heads = (learned + start).flatten(1).norm(dim=1)
+    moved = float(learned[1].norm()) / 2
+    assert row.heads == pytest.approx((0, moved / float(heads[1])))
+    assert row.size == pytest.approx(float(heads.norm())) and row.distance == pytest.approx(moved)
+    assert row.share == pytest.approx(moved / float(heads.norm()))
     assert all(row.distance == 0 for row in rows.values())
 
 
@@ -155,6 +156,7 @@ def test_describe(session: Session, text: bytes):
     parameters = torch.cat([p.detach().flatten().double() for p in session.base.parameters()])
     now = torch.cat([p.detach().flatten().double() for p in session.model.parameters()])
     assert told["learned"] == pytest.approx(float((now - parameters).norm() / parameters.norm()))
-    w1 = state.tensors()["layers.0.memory.memory.A.w1"]
+    start = session.base.state_dict()["model.layers.0.mixer.memory.A0.w1"]
+    w1 = start + state.tensors()["layers.0.memory.memory.A.w1"]
     assert told["memory"]["layers.0"]["w1"] == pytest.approx(float(w1.norm()))
     assert np.isfinite(list(told["memory"]["layers.1"].values())).all()

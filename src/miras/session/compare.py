@@ -20,7 +20,7 @@ from miras.stream.run import read
 def memories(model: LM, state: LMState) -> dict[str, Tree]:
     """The weights W of each layer's memory, {layer: {weight: (B, H, d_in, d_out)}}; empty for attention alone."""
     return {
-        f"layers.{number}": reader.weights(found)
+        f"layers.{number}": {n: w.detach() for n, w in reader.weights(found).items()}
         for number, (block, part) in enumerate(zip(model.model.layers, state.layers, strict=True))
         for reader, found in zip(_readers(block), _states(part), strict=True)
     }
