@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from miras.train.loop import NonFiniteError, Run
 from miras.train.optimizer import parameter_groups, schedule
 from miras.train.options import Settings, TrainOptions
 from miras.train.price import openness
-from miras.train.run import train
+from miras.train.run import WINDOW, train
 from miras.train.tasks import NeedleTraining, TextTask
 from miras.zoo import attention_twin, match_size, parameters, preset
 
@@ -68,6 +69,29 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path, extra):
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_every_metric_is_in_the_table_of_the_document(tmp_path):
+    page = Path(__file__).parents[2] / "docs" / "training.md"
+    told = re.findall(r"^\| `(\w+)` \|([^|]*)\|([^|]*)\|$", page.read_text(), re.M)
+    assert all(meaning.strip() for _, _, meaning in told)
+    for needle, length in ((False, 16), (True, 128)):
+        out = tmp_path / str(needle)
+        assert train(options(out, steps=1, needle=needle, seq_len=length)) == 0
+        (row,) = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        assert list(row) == [name for name, _, meaning in told if needle or "--needle" not in meaning]
+
+
+def test_the_loss_that_is_shown_is_a_plain_mean(tmp_path, capsys):
+    """An average that starts at the first loss, near the largest there is, is too high for a hundred steps."""
+    assert train(options(tmp_path, steps=60, warmup=1, checkpoint_every=100)) == 0
+    said = capsys.readouterr().err
+    shown = dict(re.findall(r"step (\d+)/60  loss ([\d.]+)", said))
+    found = losses(tmp_path)
+    assert f"the mean of the last {WINDOW} steps" in said
+    for step in (3, 60):
+        last = found[max(0, step - WINDOW) : step]
+        assert float(shown[str(step)]) == pytest.approx(sum(last) / len(last), abs=6e-4)
+
+
 def test_a_state_that_would_grow_is_not_carried(tmp_path, capsys):
     whole = options(tmp_path, preset="transformer", window_size=None, num_persistent=None, chunk_size=None)
     assert train(dataclasses.replace(whole, steps=4)) == 0
@@ -81,7 +105,7 @@ def test_a_state_that_would_grow_is_not_carried(tmp_path, capsys):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     code = (
         "import sys; from pathlib import Path; from miras.train.options import TrainOptions;"
-        "from miras.train.run import train;"
+        "from miras.train.run import WINDOW, train;"
         f"sys.exit(train(TrainOptions(out=Path({str(tmp_path / 'run')!r}), steps=100000, batch_size=1,"
         f" seq_len=16, threads=1, **{SMALL!r})))"
     )

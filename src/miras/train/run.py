@@ -6,6 +6,7 @@ import math
 import shlex
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -290,6 +291,25 @@ def interruptible() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+WINDOW = 50
+"""Steps that what is shown of a training is the mean of."""
+
+
+class Means:
+    """Means of the metrics over the last `WINDOW` steps, or over all of them where there are fewer."""
+
+    def __init__(self) -> None:
+        self.rows: deque[dict[str, float]] = deque(maxlen=WINDOW)
+
+    def add(self, row: dict[str, float]) -> None:
+        """Count a step's metrics in."""
+        self.rows.append(row)
+
+    def of(self, name: str) -> float:
+        """The mean of one metric, which every step must have."""
+        return sum(row[name] for row in self.rows) / len(self.rows)
+
+
 @contextmanager
 def progress(console: Console, steps: int, run: Run) -> Iterator[Callable[[dict[str, float]], None]]:
     """A live bar with loss, bits per byte, tokens/s and time left; plain lines where there is no terminal."""
@@ -302,25 +322,23 @@ def progress(console: Console, steps: int, run: Run) -> Iterator[Callable[[dict[
         console=console,
         disable=not console.is_terminal,
     )
-    smooth: dict[str, float] = {}
-    tokens = [float(run.tokens)]
+    means = Means()
+    tokens = run.tokens
 
     def show(row: dict[str, float]) -> None:
-        for name in ("loss", "bits_per_byte", "seconds", "accuracy"):
-            if name in row:
-                smooth[name] = 0.95 * smooth.get(name, row[name]) + 0.05 * row[name]
-        rate = (row["tokens"] - tokens[0]) / max(row["seconds"], 1e-9)
-        smooth["rate"] = 0.9 * smooth.get("rate", rate) + 0.1 * rate
-        tokens[0] = row["tokens"]
-        said = f"loss {smooth['loss']:.3f}  {smooth['bits_per_byte']:.3f} bits/byte  "
-        said += f"{smooth['rate']:,.0f} tokens/s"
+        nonlocal tokens
+        means.add(row | {"read": row["tokens"] - tokens})
+        tokens = row["tokens"]
+        said = f"loss {means.of('loss'):.3f}  {means.of('bits_per_byte'):.3f} bits/byte  "
+        said += f"{means.of('read') / max(means.of('seconds'), 1e-9):,.0f} tokens/s"
         if "accuracy" in row:
-            said += f"  accuracy {smooth['accuracy']:.2f} at {row['length']:.0f}"
+            said += f"  accuracy {means.of('accuracy'):.2f} at {row['length']:.0f}"
         bar.update(task, completed=row["step"] + 1, said=said)
         every = max(1, steps // 20)
         if not console.is_terminal and ((row["step"] + 1) % every == 0 or row["step"] + 1 == steps):
             console.print(f"step {row['step'] + 1:.0f}/{steps}  {said}")
 
+    console.print(f"What is shown is the mean of the last {WINDOW} steps.")
     with bar:
         task = bar.add_task("training", total=steps, completed=run.step, said="")
         yield show
