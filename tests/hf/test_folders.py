@@ -22,7 +22,8 @@ import miras
 from hf.conftest import build, config, text
 from miras.cli import main
 from miras.core.bias import L2
-from miras.hf import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel
+from miras.data.tokens import ByteTokenizer
+from miras.hf import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel, byte_tokenizer
 from miras.nn.config import ModelConfig
 from miras.nn.folder import OF_TRANSFORMERS, load_model, model_hash, save_model
 from miras.zoo import presets
@@ -205,14 +206,19 @@ def test_a_config_that_describes_no_model_is_refused(tmp_path):
             AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_saved_folders_load_where_nobody_imports_miras_first(tmp_path):
+@pytest.mark.parametrize("ours", [False, True])
+def test_saved_folders_load_where_nobody_imports_miras_first(tmp_path, ours):
     """`trust_remote_code` in a process of its own: the module in the folder finds the package."""
     lm, tokens = build(), text(1, 9)
-    MirasForCausalLM.of(lm).save_pretrained(tmp_path / "m")
+    if ours:
+        save_model(lm, tmp_path / "m", ByteTokenizer().files())  # as `miras train` does
+    else:
+        MirasForCausalLM.of(lm).save_pretrained(tmp_path / "m")
+        byte_tokenizer().save_pretrained(tmp_path / "m")
     torch.save((tokens, lm(tokens)[0].detach()), tmp_path / "wanted.pt")
     code = """
 import sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 try:
     AutoConfig.from_pretrained("m", trust_remote_code=False)
     sys.exit("loaded without trust")
@@ -223,6 +229,8 @@ tokens, wanted = torch.load("wanted.pt")
 assert torch.equal(model(tokens).logits, wanted)
 model.save_pretrained("again")
 assert type(model).__module__ == "miras.hf.model", type(model)
+tokenizer = AutoTokenizer.from_pretrained("m", trust_remote_code=True)
+assert tokenizer("caf\u00e9").input_ids == list("caf\u00e9".encode()), tokenizer
 """
     environment = os.environ | {
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
@@ -234,8 +242,8 @@ assert type(model).__module__ == "miras.hf.model", type(model)
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in (tmp_path / "again").iterdir())
     assert names == ["config.json", "generation_config.json", "model.safetensors", "modeling_miras.py"]
-    written = [(tmp_path / name / "config.json").read_bytes() for name in ("m", "again")]
-    assert written[0] == written[1]
+    a, b = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("m", "again"))
+    assert (a.items() <= b.items() and a["auto_map"] == b["auto_map"]) if ours else a == b
     module = (tmp_path / "m" / "modeling_miras.py").read_text()
     assert module.count("\n") < 15 and "miras-torch" in module
 

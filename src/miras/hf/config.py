@@ -8,20 +8,7 @@ from typing import Any, ClassVar, Self
 from transformers import PreTrainedConfig
 
 from miras.nn.config import ModelConfig
-from miras.nn.folder import MODEL_TYPE, OF_TRANSFORMERS, write_atomically
-
-CODE = "modeling_miras"
-"""The module that `save_pretrained` puts beside a model, for machines where nobody imports `miras.hf` first."""
-
-CODE_TEXT = '''"""The classes of this model; they come with the package miras-torch."""
-
-try:
-    from miras.hf import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel
-except ImportError as error:
-    raise ImportError("this model needs the package miras-torch; install it with pip") from error
-
-__all__ = ["MirasConfig", "MirasForCausalLM", "MirasForSequenceClassification", "MirasModel"]
-'''
+from miras.nn.folder import AUTO_MAP, CODE, MODEL_TYPE, OF_TRANSFORMERS, write_atomically
 
 trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 """Whether a model is being loaded with `trust_remote_code=True`."""
@@ -82,12 +69,12 @@ class MirasConfig(PreTrainedConfig):
         """Plain values, with where `trust_remote_code=True` finds the classes."""
         plain = super().to_dict()
         plain.pop("_trusted", None)
-        heads = ("Config", "Model", "ModelForCausalLM", "ModelForSequenceClassification")
-        return plain | {"auto_map": {f"Auto{name}": f"{CODE}.{_class_name(name)}" for name in heads}}
+        return plain | {"auto_map": AUTO_MAP}
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in `transformers`, with the module that `trust_remote_code=True` loads."""
-        write_atomically(Path(save_directory) / f"{CODE}.py", CODE_TEXT.encode())
+        for name, data in CODE.items():
+            write_atomically(Path(save_directory) / name, data)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
@@ -98,7 +85,3 @@ class MirasConfig(PreTrainedConfig):
 _NAMES = ("format_version", *(f.name for f in dataclasses.fields(ModelConfig)))
 _OPTIONS = {"num_labels", "attn_implementation", "experts_implementation", "quantization_config"}
 """What `transformers` takes beside the fields that it writes."""
-
-
-def _class_name(kind: str) -> str:
-    return f"Miras{kind.removeprefix('Model') or 'Model'}"

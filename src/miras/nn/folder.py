@@ -31,6 +31,27 @@ OF_TRANSFORMERS = frozenset(
 )
 """Fields of a config.json that only `transformers` reads."""
 
+CODE = {
+    "modeling_miras.py": b'''"""The classes of this model; they come with the package miras-torch."""
+
+try:
+    from miras.hf import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel
+except ImportError as error:
+    raise ImportError("this model needs the package miras-torch; install it with pip") from error
+
+__all__ = ["MirasConfig", "MirasForCausalLM", "MirasForSequenceClassification", "MirasModel"]
+'''
+}
+"""The module beside every model, for tools that import no `miras` and load with `trust_remote_code=True`."""
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_miras.MirasConfig",
+    "AutoModel": "modeling_miras.MirasModel",
+    "AutoModelForCausalLM": "modeling_miras.MirasForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_miras.MirasForSequenceClassification",
+}
+"""Where `transformers` finds a model's classes in that module."""
+
 DRAFT = ".draft"
 """How the names of what is still being written end."""
 
@@ -137,11 +158,13 @@ def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = N
 
 def model_files(model: LM) -> dict[str, bytes]:
     """The files of a model's folder, by name."""
-    config = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], **model.config.to_dict()}
+    known = {"model_type": MODEL_TYPE, "architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
+    config = known | model.config.to_dict()
     stored = weights(model)
     return {
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "model.safetensors": _saved(stored),
+        **CODE,
     }
 
 
