@@ -1,11 +1,14 @@
 """The README does what it says: its Python runs, its commands exist, its links lead somewhere."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
-from miras.cli import COMMANDS
+from miras.cli import COMMANDS, main
+from miras.nn.folder import load_model
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -15,12 +18,33 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p, "python") and p.name != "training.md"], ids=lambda p: p.name
+)
 def test_the_python_runs(page, tmp_path, monkeypatch):
+    run_python(page, tmp_path, monkeypatch)
+
+
+def run_python(page, tmp_path, monkeypatch):
+    """Run a page's blocks one after the other; a block whose first line names a file is what is in it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     names: dict[str, object] = {}
     for code in blocks(page, "python"):
-        exec(compile(code, page.name, "exec"), names)
+        if file := re.match(r"# (\S+\.py)\n", code):
+            Path(file[1]).write_text(code)
+            monkeypatch.delitem(sys.modules, file[1].removesuffix(".py"), raising=False)
+        else:
+            exec(compile(code, page.name, "exec"), names)
+
+
+def test_the_recipe_for_a_model_of_ones_own_goes_on_with_the_command(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "training.md"
+    run_python(page, tmp_path, monkeypatch)
+    (command,) = re.findall(r"^PYTHONPATH=\. miras (train .*)$", page.read_text(), re.M)
+    assert main(shlex.split(command)) == 0
+    trained = load_model(tmp_path / "runs" / "mine" / "model", trust_remote_code=True)
+    assert type(trained.config.rule.bias).__module__ == "my_choices"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

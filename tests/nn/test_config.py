@@ -62,6 +62,10 @@ def test_a_choice_from_elsewhere(tmp_path):
     with refused("no_such_package.biases:Cosh cannot be imported"):
         ModelConfig.from_dict(gone, trust_remote_code=True)
 
+    gone["rule"]["bias"] = {"name": "__main__:Cosh"}
+    with refused("it was defined in a script or a notebook: move it to a module"):
+        ModelConfig.from_dict(gone, trust_remote_code=True)
+
     class Local(Cosh):
         pass
 

@@ -322,8 +322,8 @@ def _imported(path: str, trusted: bool) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"ModelConfig: {path} cannot be imported ({error}); install the package that has it, or put its module "
-            f"on the Python path"
-        ) from error
+        way = "install the package that has it, or put its module on the Python path"
+        if module == "__main__":
+            way = "it was defined in a script or a notebook: move it to a module, and make and save the model again"
+        raise ValueError(f"ModelConfig: {path} cannot be imported ({error}); {way}") from error
     return found
