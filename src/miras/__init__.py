@@ -38,6 +38,7 @@ _HOMES = {
     "miras.stream.generation": ("generate",),
     "miras.stream.run": ("read",),
     "miras.stream.files": ("load_state", "save_state"),
+    "miras.train.check": ("check_training",),
     "miras.report.look": ("surprise_page",),
     "miras.hf": (
         "MirasConfig",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:
     from miras.stream.files import save_state as save_state
     from miras.stream.generation import generate as generate
     from miras.stream.run import read as read
+    from miras.train.check import check_training as check_training
     from miras.zoo import preset as preset
     from miras.zoo import presets as presets
 

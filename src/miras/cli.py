@@ -35,6 +35,16 @@ def train(arguments: list[str]) -> int:
     return run(options)
 
 
+def check_training(arguments: list[str]) -> int:
+    """Train a preset for a few steps and say whether it learns."""
+    from miras.train.options import CheckOptions
+
+    options = parse(CheckOptions, "check-training", arguments)
+    from miras.train.checking import check
+
+    return check(options)
+
+
 def demo(arguments: list[str]) -> int:
     """Train a small model, stream through it and write a report."""
     from miras.demo.options import DemoOptions
@@ -121,6 +131,7 @@ def session(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
+    "check-training": check_training,
     "eval": evaluate,
     "generate": generate,
     "stream": stream,
@@ -216,7 +227,7 @@ def _known(name: str, commands: Iterable[str]) -> str:
 
 def _overview(program: str, about: Mapping[str, str | None]) -> str:
     """The commands of a program, each with what it says about itself."""
-    lines = [f"  {name:<10} {(text or '').strip().splitlines()[0]}" for name, text in about.items()]
+    lines = [f"  {name:<14} {(text or '').strip().splitlines()[0]}" for name, text in about.items()]
     return "\n".join(
         [
             f"usage: {program} COMMAND [OPTIONS]",

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,3 +92,56 @@ class TrainOptions(Settings):
     """Checkpoints to keep."""
     resume: bool = False
     """Go on from the newest checkpoint in OUT, as if there had been no stop; options left out are as it began."""
+
+
+CHECK_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "window_size": 64,
+    "segment_size": 64,
+    "num_persistent": 4,
+}
+"""What `miras check-training` makes of a preset: small enough for half a minute, large enough to go wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Train a preset for a few steps and say whether it learns: loss, gradients, weights, sensitivity.
+
+    The exit status is 0 when everything is in range, 1 when something is not.
+    """
+
+    model: Positional[str]
+    """A preset's name, or a model folder, whose config is trained from the beginning."""
+    steps: int = 60
+    """Optimizer steps, the first ten of which are not judged."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    own_lr: float = 1.0
+    """Learning rate of gates, norms and initial memories, as a multiple of lr."""
+    batch_size: int = 4
+    """Lanes of text read side by side; their states are carried from step to step."""
+    seq_len: int = 256
+    """Tokens of a lane in one step."""
+    seed: int = 0
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    chunk_size: int | None = None
+    """Tokens that share one gradient point of the memory."""
+    window_size: int | None = None
+    """Tokens that sliding-window attention sees."""
+    segment_size: int | None = None
+    """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
+    text: tuple[str, ...] = ()
+    """Text to train on: files, .xz .gz .bz2, tar archives, folders or globs. Without it, the embedded novel."""
+    reference: bool = True
+    """Also train Gated DeltaNet of equal size on the same bytes."""
+    threads: int = 0
+    """Torch threads; 0 leaves torch's choice."""
+    trust_remote_code: bool = False
+    """Import and run the classes and functions outside miras that the model's config names."""
+    json: Path | None = None
+    """File to write all of it to."""

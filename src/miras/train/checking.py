@@ -1,0 +1,126 @@
+"""`miras check-training`: from options to what `check_training` found, in words."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from miras.data.text import read_documents
+from miras.nn.config import ModelConfig
+from miras.nn.folder import check_place, read_config, write_atomically
+from miras.nn.threads import check_seed, set_threads
+from miras.train.check import (
+    CHANGE,
+    HORIZON,
+    LARGEST_NORM,
+    LARGEST_STEP,
+    Sensitivity,
+    TrainingCheck,
+    check_training,
+)
+from miras.train.options import CHECK_SIZES, CheckOptions
+from miras.zoo import override, preset, presets
+
+OUT_OF_RANGE = 1
+
+
+def check(options: CheckOptions) -> int:
+    """Print what a short training shows; 1 where something is out of range."""
+    set_threads(options.threads)
+    check_seed(options.seed)
+    if options.json is not None:
+        check_place("--json", options.json, _is_check, "a check's JSON")
+    config = _config(options)
+    documents = list(read_documents(options.text)) if options.text else []
+    tokens = np.frombuffer(b"".join(each.data for each in documents), np.uint8) if documents else None
+    found = check_training(
+        config,
+        steps=options.steps,
+        lr=options.lr,
+        own_lr=options.own_lr,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        tokens=tokens,
+        reference=options.reference,
+    )
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(found.to_dict(), indent=1).encode())
+    report(options.model, found, _console())
+    return OUT_OF_RANGE if found.problems() else 0
+
+
+def _config(options: CheckOptions) -> ModelConfig:
+    """The model to train: a preset, small unless sizes say otherwise, or a folder's."""
+    if options.model in presets():
+        config = preset(options.model, **CHECK_SIZES)
+    elif Path(options.model).exists():
+        config = read_config(Path(options.model), trust_remote_code=options.trust_remote_code)
+    else:
+        config = preset(options.model)  # says which names are near
+    names = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_heads",
+        "head_dim",
+        "chunk_size",
+        "window_size",
+        "segment_size",
+    )
+    given: dict[str, Any] = {name: getattr(options, name) for name in names}
+    return override(config, **{name: value for name, value in given.items() if value is not None})
+
+
+def _console() -> Console:
+    console = Console(highlight=False, markup=False)
+    # A file or a pipe has no width to fold lines to.
+    return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
+
+
+def report(name: str, found: TrainingCheck, console: Console) -> None:
+    """What was measured, beside what is in range, and what to change."""
+    settings = found.settings
+    console.print(f"{name}: {found.parameters:,} parameters, {len(found.loss)} steps, lr {settings.lr:g}")
+    table = Table("", "measured", "in range", box=None, pad_edge=False)
+    beside = "" if found.reference is None else f"Gated DeltaNet {found.reference:.3f}"
+    table.add_row("bits per byte at last", f"{found.last:.3f}", beside)
+    for group, norms in sorted(found.norms.items(), key=lambda each: each[0] != "all"):
+        late = sorted(norms[10:]) or [float("nan")]
+        limit = f"at most {LARGEST_NORM:g}" if group == "all" else ""
+        whole = "outer gradient" if group == "all" else f"  {group}"
+        table.add_row(whole, f"{late[len(late) // 2]:.3g}, at most {late[-1]:.3g}", limit)
+    table.add_row(f"steps clipped at {settings.clip:g}", f"{found.clipped:.0%}", "")
+    for layer, each in found.weight.items():
+        table.add_row(
+            f"|W|, {layer}",
+            f"{each.first:.3g} at first, {each.smallest:.3g} to {each.largest:.3g}, {each.last:.3g} at last",
+            "",
+        )
+        table.add_row(f"|step| / |W|, {layer}", f"{found.step[layer]:.3g}", f"at most {LARGEST_STEP:g}")
+    for when, each in (("untrained", found.fresh), ("trained", found.trained)):
+        if each is not None:
+            table.add_row(f"a change of {CHANGE:g}, {when}", _followed(each), "growth at most 0")
+    console.print(table)
+    problems = found.problems()
+    if not problems:
+        console.print("Everything is in range.")
+    for problem in problems:
+        console.print(f"\nOut of range: {problem.what}.\n  To change: {problem.advice}.")
+
+
+def _followed(each: Sensitivity) -> str:
+    marks = ", ".join(
+        f"{each.change[t]:.1e} at {t:,}" for t in (100, 600, 1000, HORIZON - 1) if t < len(each.change)
+    )
+    return f"logits {marks}; {each.growth:+.3g} nats per 1,000 tokens"
+
+
+def _is_check(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"norms", "problems"} <= found.keys()
