@@ -9,13 +9,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from miras.core.algorithm import GradientDescent
 from miras.core.observe import observe
+from miras.core.rule import init_state
 from miras.data.novel import load_novel
 from miras.nn.config import ModelConfig
+from miras.nn.gates import LINKS
 from miras.nn.lm import LM
+from miras.nn.memory import DEFAULT_GATES, InitialMemory, OuterParameters
+from miras.ops import scan
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import CHECK_SIZES, Settings
 from miras.train.tasks import TextTask
@@ -339,3 +345,40 @@ def _problems(check: TrainingCheck) -> Any:
                 f"({check.last / check.reference:.2f} times as many, at most {near:g})",
                 "another lr (3e-3 and 1e-3 are usual), or the points above",
             )
+
+
+@torch.no_grad()
+def written_once(
+    config: ModelConfig, pairs: int = 8, *, width: int = 32, draws: int = 64, seed: int = 0
+) -> float:
+    """The share of random pairs that a config's fresh memory answers after it was written each of them once.
+
+    No training: keys and values are random, of length 1 and `width` channels; lr is the largest that the config's
+    gate gives, forget and the bias's gates are at their first values, and there is no momentum. A key is answered
+    when what is read is nearer to its own value than to the others. The mean of `draws` memories.
+    """
+    rule = config.rule
+    lr = config.gates.get("lr", DEFAULT_GATES["lr"]).largest(1)
+    if not math.isfinite(lr):
+        raise ValueError("written_once: the lr gate has no largest value; give it a link that has one")
+    if rule.algorithm.momentum:
+        bound = min(1.0, rule.algorithm.step_bound)
+        rule = dataclasses.replace(rule, algorithm=GradientDescent(step_bound=bound))
+    torch.manual_seed(seed)
+    made = [InitialMemory(rule.memory.shapes(width, width), 1, config.initial_scale) for _ in range(draws)]
+    for each in made:
+        each.reset_parameters(rule.retention)
+    A_0 = {name: torch.cat([each(1)[name] for each in made]) for name in made[0](1)}
+    k, v = (F.normalize(torch.randn(draws, 1, pairs, width), dim=-1) for _ in range(2))
+    gates = {"lr": torch.full((draws, 1, 2 * pairs), lr)}
+    for name in rule.gates():
+        if name not in ("lr", "momentum"):
+            gate = (DEFAULT_GATES | dict(config.gates))[name]
+            first = gate.scale * float(LINKS[gate.link](torch.tensor(gate.bias)))
+            gates[name] = torch.full((draws, 1, 2 * pairs), first)
+    outer = OuterParameters(rule.memory, 1, width, width)
+    again = [torch.cat([x, x], 2) for x in (k, v)]
+    write = (torch.arange(2 * pairs) < pairs).expand(draws, -1)
+    y, _ = scan(rule, init_state(rule, A_0), again[0], *again, gates, write=write, initial=A_0, outer=outer())
+    distance = torch.cdist(y[:, 0, pairs:], v[:, 0])
+    return float((distance.argmin(-1) == torch.arange(pairs)).double().mean())
