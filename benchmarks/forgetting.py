@@ -85,6 +85,8 @@ VARIANTS: dict[str, ModelConfig] = {
     "to A_0, 5 %, no norm": variant(-3.0, retention=Decay(towards="initial"), memory=MLP(norm=False)),
 }
 DRAWN = ("to 0, 0.7 % (the paper's)", "to 0, 0.01 %", "to 0, 0.7 %, no norm", "to A_0, 0.7 %", "to A_0, 5 %")
+EVERY = 20
+"""Tokens of one point of the curves."""
 SPANS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -161,9 +163,9 @@ def picture(found: Mapping[str, Any], file: Path) -> None:
     colours = ("#c0392b", "#d68910", "#7d6608", "#2471a3", "#1e8449")
     for name, colour in zip(DRAWN, colours, strict=True):
         each = found[name]["curves"]
-        panels[0].plot(each["weight"], color=colour, label=name, lw=1.2)
-        smooth = np.maximum.reduceat(np.array(each["change"]) + 1e-17, np.arange(0, HORIZON, 20))
-        panels[1].semilogy(np.arange(0, HORIZON, 20), smooth, color=colour, lw=1.2)
+        at = np.arange(0, HORIZON, EVERY)
+        panels[0].plot(at, each["weight"], color=colour, label=name, lw=1.2)
+        panels[1].semilogy(at, np.array(each["change"]) + 1e-17, color=colour, lw=1.2)
         panels[2].loglog(SPANS, each["gradient"], "o-", color=colour, lw=1.2, ms=3)
     panels[0].set(xlabel="token", title="|W|", ylim=(0, None))
     panels[1].set(xlabel="token", title="change of the logits after 1e-10 at token 5")
