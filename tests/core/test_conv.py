@@ -102,6 +102,7 @@ def test_gradients(masked):
     masks = {"length": torch.tensor([5, 3]), "reset": reset} if masked else {}
     leaves = [part.requires_grad_() for part in (x, tail, weight)]
     assert torch.autograd.gradcheck(lambda *parts: conv(*parts, **masks), leaves)
+    assert torch.autograd.gradgradcheck(lambda *parts: conv(*parts, **masks), leaves)
 
 
 def test_gradients_are_torchs():

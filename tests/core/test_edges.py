@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.functional import normalize
 
+import miras
 from miras.core.algorithm import GradientDescent
 from miras.core.attention import attention, init_window
 from miras.core.conv import conv
@@ -54,6 +56,29 @@ def test_no_tokens_change_nothing(function):
     state = init_state(RULE, A0)
     y, after = function(RULE, state, draw(0), draw(0), draw(0), gates(RULE, 0))
     assert y.shape == (1, 1, 0, 4) and after is state
+
+
+@pytest.mark.parametrize("function", [scan, recurrence, miras.scan])
+def test_transforms_that_inner_gradients_do_not_pass_on_are_refused(function, monkeypatch):
+    monkeypatch.setenv("PYTORCH_JIT", "0")  # else making a dual tensor compiles for seconds
+    rule = Rule(chunk_size=2)  # of a matrix: nothing else in its recurrence would raise
+    begin = init_state(rule, {"w": torch.randn(1, 1, 4, 4)})
+    q, k, v = draw(3), draw(3), draw(3)
+
+    def run(v):
+        return function(rule, begin, q, k, v, gates(rule, 3))[0]
+
+    refused = pytest.raises(ValueError, match="forward-mode derivatives and the transforms")
+    with forward_ad.dual_level():
+        run(v)  # nothing here has a forward-mode derivative
+        dual = forward_ad.make_dual(v, v)
+        with refused:
+            run(dual)
+        with torch.no_grad(), refused:
+            run(dual)
+    for transform in (torch.func.vmap, torch.func.jacrev):
+        with refused:
+            transform(run)(v[None])
 
 
 @pytest.mark.parametrize("size", [None, 3])

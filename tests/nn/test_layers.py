@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP, Matrix
@@ -127,6 +128,23 @@ def test_gradients_are_those_of_the_function():
 
     leaves = [x, *(p.detach().clone() for p in weights.values())]
     assert torch.autograd.gradcheck(read, [leaf.requires_grad_() for leaf in leaves], fast_mode=True)
+
+
+@every
+def test_second_derivatives_are_those_of_the_function(kind):
+    # The second derivative along d, against how the first one changes along d.
+    layer, x, d = build(kind), inputs(1, 9), inputs(1, 9, seed=1)
+
+    def slope(x):
+        x = x.requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # torch's fused kernels have no second derivative
+            y = layer(x)[0]
+        return torch.autograd.grad(y.sin().sum(), x, create_graph=True)[0], x
+
+    along, leaf = slope(x.clone())
+    (found,) = torch.autograd.grad((along * d).sum(), leaf)
+    expected = (slope(x + 1e-5 * d)[0] - slope(x - 1e-5 * d)[0]) / 2e-5
+    same(found, expected.detach(), 1e-6 * expected.abs().max().item())
 
 
 def test_key_and_value_widths():

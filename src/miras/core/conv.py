@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from miras.core.activation import made
+from miras.core.dual import recorded
 
 
 def conv(
@@ -55,7 +56,7 @@ def conv(
 
 
 class _Taps(torch.autograd.Function):
-    """sum_j weight[:, j] stream[:, t + j], accumulated in place: (B, T + K - 1, D) to (B, T, D)."""
+    """`_sum_of_taps`, accumulated in place."""
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, weight: Tensor) -> Tensor:
@@ -68,14 +69,21 @@ class _Taps(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (g,) = grads
         stream, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return recorded(ctx.needs_input_grad, _sum_of_taps, (g,), (stream, weight))
         to_stream = torch.zeros_like(stream)
         for tap, row in zip(_taps(to_stream, weight), weight.mT.contiguous(), strict=True):
             tap.addcmul_(g, row)
         to_weight = [(g * tap).sum((0, 1)) for tap in _taps(stream, weight)]
         return to_stream, torch.stack(to_weight, 1)
+
+
+def _sum_of_taps(stream: Tensor, weight: Tensor) -> Tensor:
+    """sum_j weight[:, j] stream[:, t + j]: (B, T + K - 1, D) to (B, T, D)."""
+    return torch.stack([tap * row for tap, row in zip(_taps(stream, weight), weight.mT, strict=True)]).sum(0)
 
 
 def _taps(stream: Tensor, weight: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Tree = dict[str, Tensor]
 """One tensor for each weight of a memory, by the weight's name."""
@@ -115,15 +116,33 @@ def choose(rows: Tensor, yes: T, no: T) -> T:
 def ordinary(fn: Callable[P, R]) -> Callable[P, R]:
     """Make a function that takes inner gradients work under `torch.inference_mode`, which forbids them.
 
-    Its inputs are copied out of inference mode where needed, and it runs in no-grad mode instead.
+    Its inputs are copied out of inference mode where needed, and it runs in no-grad mode instead. Raises ValueError
+    under transforms that inner gradients do not pass on: forward-mode derivatives would be wrong without a word.
     """
 
     @wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        if torch.compiler.is_compiling():
+            return fn(*args, **kwargs)
+        if _transformed((*args, *kwargs.values())):
+            raise ValueError(
+                f"{fn.__name__}: forward-mode derivatives and the transforms of torch.func (jvp, vmap, grad ...) do "
+                f"not pass through a memory's inner gradients; use torch.autograd.grad or backward(), and the rows "
+                f"of a batch in place of vmap"
+            )
+        if not torch.is_inference_mode_enabled():
             return fn(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
             copy: Any = lambda x: _map(x, lambda _, t: t.clone() if t.is_inference() else t)  # noqa: E731
             return fn(*map(copy, args), **{n: copy(x) for n, x in kwargs.items()})  # pyright: ignore
 
     return wrapped
+
+
+def _transformed(values: tuple[Any, ...]) -> bool:
+    """Whether torch.func transforms what runs here, or one of the values has a forward-mode derivative."""
+    if torch._C._are_functorch_transforms_active():  # pyright: ignore
+        return True
+    if forward_ad._current_level < 0:  # pyright: ignore[reportPrivateUsage]
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for _, x in _walk(values, ""))
