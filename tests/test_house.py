@@ -23,6 +23,7 @@ SOURCE = ROOT / "src" / "miras"
 
 # A package may import its own level and those below; no two packages may import each other; `data` is a leaf.
 LEVELS = [
+    {"system"},
     {"core"},
     {"ops"},
     {"nn"},
@@ -72,6 +73,8 @@ def wrong_arrows(source: Path) -> list[str]:
                 wrong.append(where + "only hf.py may import transformers")
             if package == "core" and parts[0] not in {"torch", "miras"} | sys.stdlib_module_names:
                 wrong.append(where + "core imports torch, the standard library and itself only")
+            if package == "system" and parts[0] not in {"miras"} | sys.stdlib_module_names:
+                wrong.append(where + "system imports the standard library and itself only")
             if parts[0] != "miras":
                 continue
             target = parts[1] if len(parts) > 1 else ""
@@ -84,7 +87,8 @@ def wrong_arrows(source: Path) -> list[str]:
             elif target == package:
                 pass
             elif package == "data":
-                wrong.append(where + "data is a leaf and imports nothing of miras")
+                if target != "system":
+                    wrong.append(where + "data is a leaf and imports nothing of miras but system")
             elif target == "data":
                 if LEVEL[package] < DATA_FROM:
                     wrong.append(where + f"{package} may not import data")
@@ -117,6 +121,8 @@ def test_imports_point_one_way():
         ("core/scan.py", "import numpy as np", "torch, the standard library and itself only"),
         ("core/scan.py", "from einops import rearrange", "torch, the standard library and itself only"),
         ("core/scan.py", "import miras", "not from the root"),
+        ("system/files.py", "import torch", "the standard library and itself only"),
+        ("system/files.py", "from miras.core import rule", "system is below core"),
         ("nn/model.py", "from miras import Session", "not from the root"),
         ("nn/model.py", "from miras.data.batches import Batch", "nn may not import data"),
         ("nn/model.py", "import miras.zoo", "nn is below zoo"),
@@ -137,7 +143,8 @@ def test_a_planted_wrong_arrow_is_caught(tmp_path: Path, module: str, line: str,
         "ops/kernels.py": "from ..core import rule",
         "nn/model.py": "from miras.core.rule import Rule\nfrom miras import __version__",
         "zoo.py": "from miras.nn.model import Config",
-        "data/text.py": "import numpy\nfrom . import text",
+        "system/files.py": "import os\nfrom . import signals",
+        "data/text.py": "import numpy\nfrom . import text\nfrom miras.system import files",
         "train/loop.py": "from miras.data import text\nfrom miras import zoo",
         "report/html.py": "from miras.train import loop",
         "hf.py": "import transformers\nimport miras",

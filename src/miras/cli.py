@@ -4,15 +4,15 @@ import contextlib
 import dataclasses
 import difflib
 import os
-import signal
 import sys
-import threading
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from miras.system.signals import Held
 
 T = TypeVar("T")
 
@@ -147,13 +147,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     0; 1 for a training that stopped at a loss that is not finite; 2 for what the user can mend; 130 after Ctrl-C, or
-    when the system ends the command; 141 for a closed pipe.
+    when the system ends the command or its terminal is closed; 141 for a closed pipe.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("MIRAS_DEBUG", "0") not in ("", "0")
     arguments = [each for each in arguments if each != "--debug"]
+    with Held() as stops:
+        status = _status(arguments, debug, stops)
+        stops.over(leaving=argv is None)
+    return status
+
+
+def _status(arguments: list[str], debug: bool, stops: Held) -> int:
+    """Run a command that any signal stops, say what went wrong, and return the exit status."""
     try:
-        with _ends_as_interrupted():
+        with stops.obeyed():
             status = _dispatch(arguments)
             sys.stdout.flush()
         return status
@@ -163,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as stop:
-        print(f"\nmiras: stopped{''.join(f'; {each}' for each in stop.args)}", file=sys.stderr)
+        _say(f"\nmiras: stopped{''.join(f'; {each}' for each in stop.args)}")
         return 130
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # rich leaves in its own way
@@ -172,12 +180,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        print(f"miras: {_line(error)}", file=sys.stderr)
+        _say(f"miras: {_line(error)}")
         return 2
     except (MemoryError, RuntimeError) as error:
         if debug or not (isinstance(error, MemoryError) or any(x in str(error) for x in _NO_ROOM)):
             raise
-        print("miras: this does not fit into memory; take smaller sizes", file=sys.stderr)
+        _say("miras: this does not fit into memory; take smaller sizes")
         return 2
 
 
@@ -185,23 +193,10 @@ _NO_ROOM = ("allocate memory", "out of memory", "Storage size calculation overfl
 """What torch says where memory ends."""
 
 
-@contextlib.contextmanager
-def _ends_as_interrupted() -> Iterator[None]:
-    """SIGTERM, as a system that shuts down sends it, is Ctrl-C: what was learned so far is saved."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not stop the saving
-        raise KeyboardInterrupt
-
-    before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-        yield
-        return
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _say(text: str) -> None:
+    """Print a line on standard error, if anybody is left to read it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _dispatch(arguments: list[str]) -> int:

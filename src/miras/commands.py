@@ -26,11 +26,12 @@ from miras.nn.reading import Mask, Spelling, read_pieces
 from miras.nn.threads import set_threads
 from miras.options import EvalOptions, GenerateOptions, InfoOptions, ListOptions, StreamOptions
 from miras.stream.files import check_state_place, load_state, save_state
-from miras.stream.generation import check_sampling
+from miras.stream.generation import Generation, check_sampling
 from miras.stream.generation import generate as generation
 from miras.stream.run import never
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
 from miras.stream.terminal import progress_bar, say, size_text
+from miras.system.signals import worked
 from miras.zoo import override, preset, presets
 
 
@@ -168,8 +169,10 @@ def generate(options: GenerateOptions) -> int:
     state = _loaded(options.load_state, model)
     prompt = tokenizer.encode(options.prompt)
     spelling = Spelling(tokenizer.decode)
-    made = None
-    try:
+    made: Generation | None = None
+
+    def speak() -> None:
+        nonlocal made
         made = generation(
             model,
             prompt,
@@ -183,11 +186,10 @@ def generate(options: GenerateOptions) -> int:
         for token in made:
             say(spelling.push(np.array([token])))
         say(spelling.rest() + "\n")
-    except KeyboardInterrupt:
-        state = state if made is None else made.state
-        raise KeyboardInterrupt(_saved(options.save_state, state, model)) from None
+
+    said = worked(speak, lambda: _saved(options.save_state, state if made is None else made.state, model))
     if options.save_state is not None:
-        print(_saved(options.save_state, made.state, model), file=sys.stderr)
+        print(said, file=sys.stderr)
     return 0
 
 
@@ -207,7 +209,9 @@ def stream(options: StreamOptions) -> int:
     spelling = None if isinstance(tokenizer, ByteTokenizer) else Spelling(tokenizer.decode)
     count, size, nats = 0, 0.0, 0.0
     began = time.perf_counter()
-    try:
+
+    def take() -> None:
+        nonlocal state, count, size, nats
         with open_text(options.file) as file, progress_bar() as progress:
             bar = progress.add_task("reading", total=text_length(options.file), note="")
             ids = text_tokens(text_blocks(file, options.file), tokenizer)
@@ -220,17 +224,19 @@ def stream(options: StreamOptions) -> int:
                 state, count = part.state, count + read
                 note = _rates(count, before, nats, size, time.perf_counter() - began)
                 progress.update(bar, advance=length, note=note)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{count:,} tokens were read; {_saved(options.save_state, state, model)}"
-        ) from None
-    if state is None or not count:
-        raise ValueError(
-            f"{'standard input' if options.file == '-' else options.file} is empty: nothing to read"
-        )
+
+        if not count:
+            raise ValueError(
+                f"{'standard input' if options.file == '-' else options.file} is empty: nothing to read"
+            )
+
+    try:
+        said = worked(take, lambda: _saved(options.save_state, state, model))
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"{count:,} tokens were read; {stop}") from None
     print(_rates(count, before, nats, size, time.perf_counter() - began))
     if options.save_state is not None:
-        print(_saved(options.save_state, state, model))
+        print(said)
     return 0
 
 

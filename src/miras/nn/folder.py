@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miras.nn.config import ModelConfig
 from miras.nn.lm import LM
+from miras.system.signals import Held
 
 MODEL_TYPE = "miras"
 ARCHITECTURE = "MirasForCausalLM"
@@ -79,7 +80,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     An OSError names `path`, and leaves an earlier file as it was. Behind a link it is the linked file that changes.
     """
-    with naming(path):
+    with Held(), naming(path):
         path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = _draft(path)
@@ -183,7 +184,7 @@ def _saved(tensors: dict[str, Tensor]) -> bytes:
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
     """Write a folder of files, whole or not at all, in place of an older model's; as `save_model` raises."""
-    with naming(folder):
+    with Held(), naming(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise ValueError(f"{folder} exists and holds no model; choose another folder or empty it")
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -34,10 +34,11 @@ from miras.session.options import (
     RewindOptions,
     ShowOptions,
 )
-from miras.session.session import Session
+from miras.session.session import Fed, Session
 from miras.stream.generation import check_sampling
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
 from miras.stream.terminal import progress_bar, say, size_text
+from miras.system.signals import worked
 
 
 def new(options: NewOptions) -> int:
@@ -62,7 +63,11 @@ def feed(options: FeedOptions) -> int:
         if given:
             raise ValueError(f"--{given[0]} is for learning outer weights: add --learn, or leave it out")
     name = options.name or ("standard input" if options.file == "-" else Path(options.file).name)
-    with _written(options.session, options) as session:
+    fed: Fed | None = None
+    rate = 0.0
+
+    def read(session: Session) -> None:
+        nonlocal fed, rate
         tokenizer, before = session.tokenizer, session.tokens
         spelling = None if isinstance(tokenizer, ByteTokenizer) else Spelling(tokenizer.decode)
         began = time.perf_counter()
@@ -77,35 +82,42 @@ def feed(options: FeedOptions) -> int:
             ids = text_tokens(text_blocks(file, options.file), tokenizer)
             fed = session.feed(ids, name, piece=options.piece, learning=learning, progress=progress)
         rate = len(fed.tokens) / (time.perf_counter() - began)
+
+    session, said = _written(options.session, options, read)
+    assert fed is not None
     print(f"{name}: {len(fed.tokens):,} tokens, loss {_loss(fed.loss)} nats per token, {rate:,.0f} tokens/s")
     if learning is not None:
         share = outer_distance(session.base, session.model)
         print(
             f"outer weights: {session.now.episodes[-1].learned} steps, now {share:.3%} away from the model's"
         )
-    print(_saved(session, options.session))
+    print(said)
     return 0
 
 
 def chat(options: ChatOptions) -> int:
     """Answer each line of standard input."""
     check_sampling(options.tokens, options.temperature, options.top_p, options.seed)
-    with _written(options.session, options) as session, session.episode(options.name):
-        for turn, line in enumerate(_lines()):
-            ids = session.tokenizer.encode(line)
-            if not len(ids):
-                continue
-            session.feed(ids)
-            spelling = Spelling(session.tokenizer.decode)
-            for token in session.sample(
-                options.tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                seed=options.seed + turn,
-            ):
-                say(spelling.push(np.array([token])))
-            say(spelling.rest() + "\n")
-    print(_saved(session, options.session), file=sys.stderr)
+
+    def talk(session: Session) -> None:
+        with session.episode(options.name):
+            for turn, line in enumerate(_lines()):
+                ids = session.tokenizer.encode(line)
+                if not len(ids):
+                    continue
+                session.feed(ids)
+                spelling = Spelling(session.tokenizer.decode)
+                for token in session.sample(
+                    options.tokens,
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    seed=options.seed + turn,
+                ):
+                    say(spelling.push(np.array([token])))
+                say(spelling.rest() + "\n")
+
+    _, said = _written(options.session, options, talk)
+    print(said, file=sys.stderr)
     return 0
 
 
@@ -132,22 +144,24 @@ def fork(options: ForkOptions) -> int:
 
 def mark(options: MarkOptions) -> int:
     """Set or drop a mark."""
-    with _written(options.session, options) as session:
+
+    def change(session: Session) -> None:
         if options.drop:
             session.unmark(options.name)
         else:
             session.mark(options.name)
+
+    session, said = _written(options.session, options, change)
     done = "dropped" if options.drop else f"set at {session.tokens:,} tokens"
-    print(f"mark {options.name!r} {done}; {_saved(session, options.session)}")
+    print(f"mark {options.name!r} {done}; {said}")
     return 0
 
 
 def rewind(options: RewindOptions) -> int:
     """Go back to a mark."""
-    with _written(options.session, options) as session:
-        before = session.tokens
-        session.rewind(options.name)
-    print(f"from {before:,} tokens back to {options.name!r}; {_saved(session, options.session)}")
+    before = read_header(options.session).tokens
+    _, said = _written(options.session, options, lambda session: session.rewind(options.name))
+    print(f"from {before:,} tokens back to {options.name!r}; {said}")
     return 0
 
 
@@ -290,21 +304,20 @@ def _fresh(path: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _written(path: Path, options: ModelOptions) -> Iterator[Session]:
-    """The session in a file, which nobody else may write; saved at the end, and when stopped with Ctrl-C."""
+def _written(path: Path, options: ModelOptions, change: Callable[[Session], None]) -> tuple[Session, str]:
+    """Change the session in a file, which nobody else may write meanwhile, and save it: (session, what to say).
+
+    It is saved also when a signal ends the change, which is then what the KeyboardInterrupt says.
+    """
     read_header(path)  # what is no session must not get a lock beside it
+
+    def save() -> str:
+        session.save(path)
+        return _saved(session, path)
+
     with hold(path):
         session = _loaded(path, options)
-        try:
-            yield session
-        except KeyboardInterrupt:
-            session.save(path)
-            raise KeyboardInterrupt(_saved(session, path)) from None
-        except BrokenPipeError:  # nobody reads the answers any more
-            session.save(path)
-            raise
-        session.save(path)
+        return session, worked(lambda: change(session), save)
 
 
 def _loaded(path: Path, options: ModelOptions) -> Session:

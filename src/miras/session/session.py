@@ -26,6 +26,7 @@ from miras.session.moment import KEEP, Episode, Ids, Moment, compact, distinct, 
 from miras.stream.files import now
 from miras.stream.generation import Generation
 from miras.stream.generation import generate as generation
+from miras.system.signals import Held
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -148,14 +149,14 @@ class Session:
         ):
             try:
                 for part in self._pieces(ids, piece, learner, learning):
-                    self._take(part.tokens[0], part.losses[0], part.state)
                     kept.append(compact(part.tokens[0], self.base.config.vocab_size))
                     losses.append(part.losses[0])
                     if progress is not None:
                         progress(part)
             finally:
                 if learner is not None:
-                    self._adopt(replace(self.now, delta=difference(learner.model, self.base)))
+                    with Held():
+                        self._adopt(replace(self.now, delta=difference(learner.model, self.base)))
             if not losses:
                 raise ValueError("the text is empty: nothing to read")
         return Fed(np.concatenate(kept), np.concatenate(losses), seen)
@@ -163,20 +164,25 @@ class Session:
     def _pieces(
         self, ids: Tokens, piece: int, learner: Learner | None, learning: Learning | None
     ) -> Iterator[Piece]:
-        """The pieces of a reading; a learner learns from each one after it was read."""
+        """The pieces of a reading, each one taken; a learner learns from it after it was read."""
         if learner is None or learning is None:
-            yield from read_pieces(self.model, ids, self.now.state, piece=piece)
+            for part in read_pieces(self.model, ids, self.now.state, piece=piece):
+                self._take(part.tokens[0], part.losses[0], part.state)
+                yield part
             return
         for part in read_pieces(learner.model, ids, self.now.state, piece=learning.segment):
-            segment, past = part.tokens[0], self.now.past
-            if len(segment) > 1:
-                old = past.draw() if learning.replay else None
-                learner.step([(segment, self.now.state), *([] if old is None else [(old, None)])])
-                if learning.replay:
-                    kept = compact(segment, self.base.config.vocab_size)
-                    self.now = replace(self.now, past=past.with_segment(kept, learning.replay))
-                *before, last = self.now.episodes
-                self.now = replace(self.now, episodes=(*before, replace(last, learned=last.learned + 1)))
+            # Weights, the past and what was read go on together, or none of them does.
+            with Held():
+                segment, past = part.tokens[0], self.now.past
+                if len(segment) > 1:
+                    old = past.draw() if learning.replay else None
+                    learner.step([(segment, self.now.state), *([] if old is None else [(old, None)])])
+                    if learning.replay:
+                        kept = compact(segment, self.base.config.vocab_size)
+                        self.now = replace(self.now, past=past.with_segment(kept, learning.replay))
+                    *before, last = self.now.episodes
+                    self.now = replace(self.now, episodes=(*before, replace(last, learned=last.learned + 1)))
+                self._take(segment, part.losses[0], part.state)
             yield part
 
     @contextmanager
@@ -194,16 +200,22 @@ class Session:
             self.tokens,
             compact(np.zeros(0, dtype=np.int64), self.base.config.vocab_size),
         )
-        self.now = replace(self.now, episodes=(*before, begun))
-        self._open = True
         try:
+            with Held():
+                self.now = replace(self.now, episodes=(*before, begun))
+                self._open = True
             yield
         finally:
-            self._open = False
-            last = self.now.episodes[-1]
-            after = loss_of(self.model, last.kept, self.now.state)
-            done = (replace(last, after=after),) if last.tokens else ()
-            self.now = replace(self.now, episodes=(*self.now.episodes[:-1], *done))
+            with Held():
+                if self._open:
+                    self._end_episode()
+
+    def _end_episode(self) -> None:
+        self._open = False
+        last = self.now.episodes[-1]
+        after = loss_of(self.model, last.kept, self.now.state)
+        done = (replace(last, after=after),) if last.tokens else ()
+        self.now = replace(self.now, episodes=(*self.now.episodes[:-1], *done))
 
     def sample(
         self, num_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
@@ -333,7 +345,7 @@ class Session:
                 f"{path} is not written: the model was {self.hash} when the session began and is {own} now; give "
                 f"a session a model that nobody else trains"
             )
-        with hold(path):
+        with Held(), hold(path):
             sweep(path.parent, path.name)
             files.write(
                 path,

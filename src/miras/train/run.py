@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shlex
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, naming, read_config, save_model, write_atomically, write_whole
 from miras.nn.lm import LM
 from miras.nn.threads import check_seed, set_threads
+from miras.system.signals import Held, nobody_reads
 from miras.train.checkpoint import checkpoints, read_checkpoint_config, read_meta
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import Settings, TrainOptions
@@ -66,34 +66,42 @@ def train(options: TrainOptions) -> int:
     def save() -> Path:
         return run.save(options.out, said, extra, options.keep)
 
-    if run.step == 0:
-        save()
-    try:
-        with interruptible() as stopped, progress(console, options.steps, run) as show:
-            for row in run.until(options.steps):
-                metrics.add(row)
-                show(row)
-                if run.step % options.checkpoint_every == 0 and run.step < options.steps:
-                    save()
-                if stopped():
-                    break
-    except NonFiniteError as error:
-        last = checkpoints(options.out)
-        console.print(f"stopped: {error}", style="bold red")
-        console.print(
-            f"The last good checkpoint is {last[-1]}; lower --lr or --clip and add --resume to go on from it."
-        )
-        return FAILED
-    finally:
-        metrics.close()
-    path = save()
+    # A signal waits for the end of its step, and for that of the save behind it.
+    with Held() as stops:
+        if run.step == 0:
+            save()
+        try:
+            with progress(console, options.steps, run) as show:
+                for row in run.until(options.steps):
+                    metrics.add(row)
+                    show(row)
+                    if run.step % options.checkpoint_every == 0 and run.step < options.steps:
+                        save()
+                    if stops.came:
+                        break
+        except NonFiniteError as error:
+            last = checkpoints(options.out)
+            console.print(f"stopped: {error}", style="bold red")
+            console.print(
+                f"The last good checkpoint is {last[-1]}; lower --lr or --clip and add --resume to go on from it."
+            )
+            return FAILED
+        except OSError as error:
+            if nobody_reads(error):
+                save()
+            raise
+        finally:
+            metrics.close()
+        path = save()
+        if run.step == options.steps:
+            save_model(run.model, options.out / "model", extra)
+        stops.over()
     if run.step < options.steps:
         console.print(
             f"Interrupted. {path} holds everything: `miras train --out {shlex.quote(str(options.out))} --resume` "
             f"goes on from there."
         )
         return INTERRUPTED
-    save_model(run.model, options.out / "model", extra)
     console.print(f"The model is {options.out / 'model'}; what each step did is in {metrics.path}.")
     return 0
 
@@ -271,24 +279,6 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # a line that a crash cut short
         return math.inf
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C inside the block only sets a flag, which the yielded function tells; a second stops."""
-    pressed: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 WINDOW = 50
