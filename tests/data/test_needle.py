@@ -1,18 +1,21 @@
 """The mask is looked at by eye: what carries weight decodes to the digits and to nothing else."""
 
+import re
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from miras.data import Curriculum, NeedleTask, load_novel, score
-from miras.data.needle import NOISE, _boundaries
+from miras.data import FILLERS, Curriculum, Filler, NeedleTask, load_novel, mixture, score
+from miras.data.fillers import NOISE
+from miras.data.needle import _boundaries, answered
 
 BOOK = load_novel().heldout
+KINDS = ("letters", "number", "word", "code")
 
 
 @given(length=st.integers(92, 3000), index=st.integers(0, 10**6), book=st.booleans())
@@ -141,8 +144,95 @@ def test_generated_answers():
     )
 
 
+@pytest.mark.parametrize("filler", [*FILLERS, mixture()], ids=str)
+@given(
+    length=st.integers(1000, 1500),
+    needles=st.integers(1, 5),
+    questions=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=6)
+def test_several_needles_and_questions(
+    filler: str | Filler, length: int, needles: int, questions: int, seed: int
+):
+    task = NeedleTask(
+        length, filler=filler, needles=needles, questions=questions, keys=KINDS, values=KINDS[1:]
+    )
+    sample = task.sample(seed, 1)
+    text = sample.text
+    assert len(text) == length and len(sample.needles) == needles and len(sample.answers) == questions
+    assert len({n.key for n in sample.needles}) == needles
+    for needle in sample.needles:
+        assert text.count(needle.sentence) == 1
+    for answer in sample.answers:
+        asked = [n for n in sample.needles if text[: answer.start].endswith(n.question)]
+        assert len(asked) == 1 and text[answer].decode() == asked[0].value
+        assert text.index(asked[0].sentence) < answer.start, "asked about what was not yet read"
+    assert sample.answer == sample.answers[-1] and sample.answer.stop == length
+    assert (
+        text[sample.answer].decode() == sample.value
+        and sample.prompt.tobytes() == text[: sample.answer.start]
+    )
+    weighted = task.batch(seed, 1, 1).weight[0]
+    batch = task.batch(seed, 1, 1)
+    assert weighted.sum() == sum(a.stop - a.start for a in sample.answers)
+    for answer in sample.answers:
+        assert bytes(batch.targets[0, answer.start - 1 : answer.stop - 1].tolist()) == text[answer]
+
+
+def test_keys_and_values_are_of_every_kind():
+    task = NeedleTask(500, keys=KINDS, values=KINDS[1:])
+    needles = [task.sample(0, index).needles[0] for index in range(200)]
+    for kind, form in {
+        "number": r"[1-9]\d{4}",
+        "word": "[a-z]{4,8}",
+        "code": "[0-9a-f]{4}-[0-9a-f]{4}",
+    }.items():
+        values = [n.value for n in needles if n.kind == kind]
+        assert len(values) > 30 and all(re.fullmatch(form, value) for value in values)
+    forms = ("[a-z]{3}", "[a-z]{4,8}", r"\d{3}", "[0-9a-f]{4}-[0-9a-f]{4}")
+    assert all(sum(bool(re.fullmatch(form, n.key)) for n in needles) > 25 for form in forms)
+    assert sum(bool(re.fullmatch("|".join(forms), n.key)) for n in needles) == 200
+
+
+def test_the_depth_is_that_of_the_needle_that_is_asked_for():
+    task = NeedleTask(8000, needles=4, depth=0.25)
+    for index in range(20):
+        sample = task.sample(0, index)
+        (asked,) = [n for n in sample.needles if n.key == sample.key]
+        assert abs(sample.depth - 0.25) < 0.02
+        assert abs(sample.text.index(asked.sentence) / 8000 - 0.25) < 0.04
+
+
+def test_a_needle_asked_for_is_any_of_them():
+    samples = [NeedleTask(1000, needles=4).sample(0, index) for index in range(200)]
+    counts = np.bincount([[n.key for n in s.needles].index(s.key) for s in samples], minlength=4)
+    assert counts.min() > 25, counts
+
+
+def test_answers_are_scored_one_by_one():
+    batch = NeedleTask(600, needles=3, questions=3).batch(0, 0, 2)
+    assert answered(batch.targets, batch).tolist() == [True] * 6
+    predicted = batch.targets.copy()
+    places = np.flatnonzero(batch.weight[1])
+    predicted[1, places[5]] ^= 1  # the first digit of the second answer of the second haystack
+    assert answered(predicted, batch).tolist() == [True, True, True, True, False, True]
+    assert score(predicted, batch).tolist() == [True, False]
+
+
 def test_wrong_tasks_are_refused():
-    for wrong in ({"digits": 0}, {"digits": 19}, {"key_letters": 0}, {"depth": 1.1}, {"filler": b" \n"}):
+    for wrong in (
+        {"digits": 0},
+        {"digits": 19},
+        {"key_letters": 0},
+        {"depth": 1.1},
+        {"filler": b" \n"},
+        {"filler": "poems"},
+        {"needles": 0},
+        {"questions": 0},
+        {"keys": ("names",)},
+        {"values": ()},
+    ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             NeedleTask(500, **wrong)
 

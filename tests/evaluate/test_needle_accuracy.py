@@ -11,6 +11,7 @@ import miras
 from miras.data.needle import NeedleSample, NeedleTask
 from miras.evaluate import needle_accuracy, wilson
 from miras.nn.lm import LM
+from miras.nn.reading import read_pieces
 from miras.stream import generate, read
 
 Make = Callable[..., LM]
@@ -51,6 +52,32 @@ def test_samples_are_those_of_the_task(tiny: Make):
     assert needle_accuracy(model, task, n=5, batch_size=2, seed=9, progress=told.append).correct == 4
     assert told == [2, 4, 5]
     assert needle_accuracy(model, NeedleTask(150), n=3).correct == 0
+
+
+def test_values_of_different_lengths_are_scored_whole(tiny: Make):
+    model = tiny()
+    task = NeedleTask(300, values=("word", "code"), needles=2, questions=2)
+    samples = [task.sample(0, index) for index in range(4)]
+    assert len({s.answer.start for s in samples}) > 1
+    tokens = np.stack([s.tokens for s in samples])
+    for piece in (64, 512):
+        parts = list(read_pieces(model, tokens, piece=piece))
+        predicted = np.concatenate([p.predicted for p in parts], 1)
+        right = [(predicted[i, s.answer] == tokens[i, s.answer]).all() for i, s in enumerate(samples)]
+        told = needle_accuracy(model, task, n=4, batch_size=4, piece=piece)
+        assert told.correct == sum(right) == 0
+
+    class Known(NeedleTask):
+        """The same haystacks, with what the model says written in as the answers of all but the first."""
+
+        def sample(self, seed: int, index: int) -> NeedleSample:
+            sample = task.sample(seed, index)
+            said = sample.tokens.copy()
+            for at in range(sample.answer.start, sample.answer.stop - (index == 0)):
+                (said[at],) = generate(model, said[:at], 1, temperature=0)
+            return replace(sample, tokens=said)
+
+    assert needle_accuracy(model, Known(300), n=4, batch_size=4, piece=64).correct >= 3
 
 
 def test_the_track_is_the_mean_of_the_observation(tiny: Make):

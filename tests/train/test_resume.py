@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from miras.cli import main
+from miras.data.needle import NeedleTask
 from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
 from miras.train.checkpoint import checkpoints, load_checkpoint, read_meta
@@ -164,7 +165,11 @@ def test_a_task_refuses_what_would_give_other_batches():
     with pytest.raises(ValueError, match="seed 1, now 2"):
         NeedleTraining(seed=2).restore(needle.to_dict())
     with pytest.raises(ValueError, match="other data"):
-        NeedleTraining(seed=1, filler=b"books").restore(needle.to_dict())
+        NeedleTraining(seed=1, kind=NeedleTask(128, filler=b"books")).restore(needle.to_dict())
+    with pytest.raises(ValueError, match="crowd 1, now 4"):
+        NeedleTraining(seed=1, crowd=4).restore(needle.to_dict())
+    older = {n: v for n, v in needle.to_dict().items() if n not in ("keys", "values", "crowd", "room")}
+    NeedleTraining(seed=1).restore(older)
 
 
 @pytest.mark.parametrize("with_model", [True, False])

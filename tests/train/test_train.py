@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from miras.core.bias import Bias
+from miras.data.needle import Curriculum
 from miras.data.tokens import FileTokenizer
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
@@ -360,6 +361,18 @@ def test_needles_get_longer_with_success_and_are_paid_for():
     assert again.curriculum == task.curriculum and again.priced
     with pytest.raises(ValueError, match="trained on 'needle'"):
         TextTask(np.arange(100), batch_size=1, seq_len=16, align=4, seed=0).restore(task.to_dict())
+
+
+def test_a_crowd_of_needles_grows_with_the_context():
+    task = NeedleTraining(tokens_per_step=2048, curriculum=Curriculum(lengths=(512,)), crowd=3)
+    answers = {int(task.batch(step, 0).weight[0].sum()) // 5 for step in range(20)}
+    assert answers == {1, 2, 3}
+    batch = task.batch(0, 0)
+    one = int(np.flatnonzero(batch.weight[0])[0])
+    predicted = torch.from_numpy(batch.targets.copy())
+    predicted[0, one] ^= 1
+    row = task.finished(0, batch, predicted)
+    assert row["accuracy"] == 1 - 5 / batch.weight.sum(), "one answer of all is wrong"
 
 
 def test_the_twin_has_the_same_size_and_no_memory():

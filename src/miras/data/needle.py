@@ -1,11 +1,10 @@
-"""A needle in a haystack, in bytes: a sentence with a number, hidden in filler, and a question at the end.
+"""Needles in a haystack, in bytes: sentences with a value each, hidden in filler, and a question at the end.
 
-After RULER's S-NIAH-1 (single needle), with wording short enough for a context of 128 bytes.
+After RULER's NIAH tasks (S-NIAH-1 to 3 and MK-NIAH-1), with wording short enough for a context of 128 bytes.
 """
 
 import dataclasses
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +12,41 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from miras.data.batches import Batch
+from miras.data.fillers import FILLERS, NOISE, Book, Filler
 
-# The filler of RULER.
-NOISE = b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-SENTENCE = re.compile(rb"[.!?]['\")]*\s+(?=\S)")
-WORD = re.compile(rb"\s+(?=\S)")
+
+@dataclass(frozen=True)
+class Needle:
+    """A key and its value, which is a `kind` of thing: "number", "word" or "code"."""
+
+    key: str
+    value: str
+    kind: str = "number"
+
+    @property
+    def sentence(self) -> bytes:
+        return f"The special magic {self.kind} for {self.key} is: {self.value}. ".encode()
+
+    @property
+    def question(self) -> bytes:
+        """What is asked, up to where the value begins."""
+        return f"What is the special magic {self.kind} for {self.key}? ".encode()
 
 
 @dataclass(frozen=True)
 class NeedleSample:
-    """One haystack, `tokens` (length,) uint8: the prompt, then at `answer` the digits of the value."""
+    """One haystack, `tokens` (length,) uint8: the prompt, then at `answer` the value that is asked for.
+
+    `answers` are the places of all values that are asked for, that of the last question included.
+    """
 
     tokens: NDArray[np.uint8]
     answer: slice
     key: str
     value: str
     depth: float  # where in the filler the needle is, from 0 (first) to 1 (right before the question)
+    needles: tuple[Needle, ...] = ()
+    answers: tuple[slice, ...] = ()
 
     @property
     def text(self) -> bytes:
@@ -36,11 +54,11 @@ class NeedleSample:
 
     @property
     def prompt(self) -> NDArray[np.uint8]:
-        """(length - digits,): everything a model may read before it answers."""
+        """(length - bytes of the value,): everything a model may read before it answers."""
         return self.tokens[: self.answer.start]
 
     def solved_by(self, generated: ArrayLike | bytes) -> bool:
-        """Whether what was generated after the prompt, ids or bytes, begins with every digit of the value."""
+        """Whether what was generated after the prompt, ids or bytes, begins with the whole value."""
         ids = list(generated) if isinstance(generated, bytes) else np.asarray(generated).reshape(-1).tolist()
         return ids[: len(self.value)] == list(self.value.encode())
 
@@ -49,87 +67,192 @@ class NeedleSample:
 class NeedleTask:
     """Haystacks of exactly `length` bytes, question and answer included, each pure in (seed, index).
 
-    `digits` of the value (RULER has 7), `key_letters` of the key. `filler` is text to hide the needle in
-    (None: RULER's five noise sentences), a slice of it from a random sentence on, repeated when it is too
-    short. `depth` in [0, 1] fixes where the needle is, at the nearest sentence boundary; None draws one
-    uniformly. ValueError when `length` is too small.
+    `needles` of them are hidden, with keys that differ; the question at the end asks for one. Of `questions` more
+    than one, the others stand in the filler, each behind its needle, with their answers. Kinds of key and value are
+    drawn for each needle from `keys` ("letters", "word", "number", "code") and `values` ("number", "word", "code");
+    `digits` of a number that is a value (RULER has 7), `key_letters` of a key of letters. `filler`: one of the
+    package's by name, a Filler, text of one's own (a stretch from a random sentence on, repeated when it is too
+    short) or None, RULER's five noise sentences. `depth` in [0, 1] fixes where the needle that is asked for is, at
+    the nearest sentence boundary; None draws one uniformly. ValueError when `length` is too small.
     """
 
     length: int
     digits: int = 5
     key_letters: int = 3
-    filler: bytes | None = None
+    filler: bytes | str | Filler | None = None
     depth: float | None = None
+    needles: int = 1
+    questions: int = 1
+    keys: tuple[str, ...] = ("letters",)
+    values: tuple[str, ...] = ("number",)
 
     def __post_init__(self) -> None:
-        for name, top in {"digits": 18, "key_letters": 64}.items():
+        for name, top in {"digits": 18, "key_letters": 64, "needles": 1000, "questions": 1000}.items():
             if not 1 <= getattr(self, name) <= top:
                 raise ValueError(f"`{name}` must be in 1..{top}, got {getattr(self, name)}.")
+        for name, known in {"keys": KEYS, "values": VALUES}.items():
+            unknown = [kind for kind in getattr(self, name) if kind not in known]
+            if unknown or not getattr(self, name):
+                raise ValueError(
+                    f"`{name}` must be one or more of {', '.join(known)}, got {getattr(self, name)!r}."
+                )
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise ValueError(f"`depth` must be in [0, 1] or None (a random one), got {self.depth}.")
-        if self.filler is not None and not self.filler.strip():
+        if isinstance(self.filler, bytes) and not self.filler.strip():
             raise ValueError("`filler` has no text. Give some, or None for the noise sentences.")
+        if isinstance(self.filler, str) and self.filler not in FILLERS:
+            raise ValueError(f"`filler` must be one of {', '.join(FILLERS)}, got {self.filler!r}.")
         if self.length < self.min_length:
             raise ValueError(
                 f"`length` must be at least {self.min_length} bytes for {self.digits} digits and "
-                f"{self.key_letters} key letters, got {self.length}. Take more, or a shorter key or value."
+                f"{self.key_letters} key letters, {self.needles} needle{'s' * (self.needles > 1)} and "
+                f"{self.questions} question{'s' * (self.questions > 1)}, got {self.length}. Take more, or a shorter "
+                f"key or value."
             )
 
     @property
     def min_length(self) -> int:
-        """The bytes of needle, question and answer, without any filler."""
-        needle, question = self._sentences("k" * self.key_letters, "0" * self.digits)
-        return len(needle) + len(question)
+        """The bytes of needles, questions and answers, without any filler."""
+        key = "k" * max(self._widest(kind, self.key_letters) for kind in self.keys)
+        longest = [Needle(key, "v" * self._widest(kind, self.digits), kind) for kind in self.values]
+        sentence = max(len(n.sentence) for n in longest)
+        question = max(len(n.question) + len(n.value) for n in longest)
+        return self.needles * sentence + self.questions * (question + 2) - 1
+
+    @property
+    def source(self) -> Filler:
+        """What the needles are hidden in."""
+        if isinstance(self.filler, str):
+            return FILLERS[self.filler]
+        return (
+            Book(self.filler or NOISE)
+            if self.filler is None or isinstance(self.filler, bytes)
+            else self.filler
+        )
 
     def sample(self, seed: int, index: int) -> NeedleSample:
-        """Haystack number `index` of `seed`; key and value are the same at every length."""
+        """Haystack number `index` of `seed`; keys and values are the same at every length."""
         rng = np.random.default_rng([seed, index])
-        key = "".join(chr(97 + letter) for letter in rng.integers(26, size=self.key_letters))
-        value = str(rng.integers(10 ** (self.digits - 1), 10**self.digits))
-        needle, question = self._sentences(key, value)
-        size = self.length - len(needle) - len(question)
-        hay = _slice(NOISE if self.filler is None else self.filler, size, rng)
+        needles = self._needles(rng)
+        asked = int(rng.integers(self.needles)) if self.needles > 1 else 0
+        others = rng.integers(self.needles, size=self.questions - 1).tolist()
+        last = b" " + needles[asked].question
+        fixed = sum(len(n.sentence) for n in needles) + len(last) + len(needles[asked].value)
+        fixed += sum(len(needles[n].question) + len(needles[n].value) + 2 for n in others)
+        size = self.length - fixed
+        hay = self.source.text(size, rng)
         places = _boundaries(hay)
-        if self.depth is None:
-            place = int(places[rng.integers(len(places))])
-        else:
-            place = int(places[np.abs(places - self.depth * size).argmin()])
-        data = b"".join([hay[:place], needle, hay[place:], question])
+        at = [int(places[rng.integers(len(places))]) for _ in needles]
+        if self.depth is not None:
+            at[asked] = int(places[np.abs(places - self.depth * size).argmin()])
+        # What goes where: (place, 0 for a needle and 1 for a question, which needle).
+        put = [(place, 0, n) for n, place in enumerate(at)]
+        for n in others:
+            behind = places[places >= at[n]]
+            put.append((int(behind[rng.integers(len(behind))]), 1, n))
+        parts: list[bytes] = []
+        answers: list[slice] = []
+        made = done = 0
+        for place, question, n in [*sorted(put), (size, 2, asked)]:
+            needle, value = needles[n], needles[n].value.encode()
+            before = hay[done:place] + (needle.sentence, needle.question, last)[question]
+            parts.append(before)
+            made, done = made + len(before), place
+            if question:
+                answers.append(slice(made, made + len(value)))
+                parts.append(value if question == 2 else value + b". ")
+                made += len(parts[-1])
         return NeedleSample(
-            tokens=np.frombuffer(data, dtype=np.uint8),
-            answer=slice(self.length - self.digits, self.length),
-            key=key,
-            value=value,
-            depth=place / size if size else 0.0,
+            tokens=np.frombuffer(b"".join(parts), dtype=np.uint8),
+            answer=answers[-1],
+            key=needles[asked].key,
+            value=needles[asked].value,
+            depth=at[asked] / size if size else 0.0,
+            needles=tuple(needles),
+            answers=tuple(answers),
         )
 
     def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """(batch_size, length): samples step * batch_size and on, weight 1 where the target is a digit."""
+        """(batch_size, length): samples step * batch_size and on, weight 1 where the target is in an answer."""
         first = step * batch_size
         samples = [self.sample(seed, index) for index in range(first, first + batch_size)]
         tokens = np.stack([sample.tokens for sample in samples]).astype(np.int64)
         targets = np.zeros_like(tokens)
         targets[:, :-1] = tokens[:, 1:]
         weight = np.zeros(tokens.shape, dtype=np.float32)
-        # Position t predicts byte t + 1: the last byte of the question predicts the first digit.
-        weight[:, -self.digits - 1 : -1] = 1
+        for row, sample in enumerate(samples):
+            for answer in sample.answers:
+                # Position t predicts byte t + 1: the last byte of the question predicts the value's first.
+                weight[row, answer.start - 1 : answer.stop - 1] = 1
         reset = np.zeros(tokens.shape, dtype=np.bool_)
         reset[:, 0] = True
         return Batch(tokens, targets, np.ones_like(reset), reset, weight)
 
+    def _needles(self, rng: np.random.Generator) -> list[Needle]:
+        found: list[Needle] = []
+        while len(found) < self.needles:
+            key = KEYS[_one(self.keys, rng)](self.key_letters, rng)
+            kind = _one(self.values, rng)
+            value = VALUES[kind](self.digits, rng)
+            if all(key != needle.key for needle in found):
+                found.append(Needle(key, value, kind))
+        return found
+
     @staticmethod
-    def _sentences(key: str, value: str) -> tuple[bytes, bytes]:
-        needle = f"The special magic number for {key} is: {value}. "
-        question = f" What is the special magic number for {key}? {value}"
-        return needle.encode(), question.encode()
+    def _widest(kind: str, size: int) -> int:
+        return {"word": 8, "code": 9}.get(kind, size)
+
+
+def _one(kinds: tuple[str, ...], rng: np.random.Generator) -> str:
+    # Of one kind nothing is drawn.
+    return kinds[int(rng.integers(len(kinds))) if len(kinds) > 1 else 0]
+
+
+def _letters(size: int, rng: np.random.Generator) -> str:
+    return "".join(chr(97 + letter) for letter in rng.integers(26, size=size))
+
+
+def _number(size: int, rng: np.random.Generator) -> str:
+    return str(rng.integers(10 ** (size - 1), 10**size))
+
+
+def _word(size: int, rng: np.random.Generator) -> str:
+    """Two or three syllables, 4 to 8 letters."""
+    draws = rng.integers(1 << 30, size=(int(rng.integers(2, 4)), 3)).tolist()
+    word = "".join("bcdfghklmnprstvwz"[a % 17] + "aeiou"[b % 5] + "nrslt....."[c % 10] for a, b, c in draws)
+    return word.replace(".", "")[:8]
+
+
+def _code(size: int, rng: np.random.Generator) -> str:
+    """Like the beginning of a UUID: 3f9a-07b2."""
+    digits = "".join("0123456789abcdef"[d] for d in rng.integers(16, size=8))
+    return f"{digits[:4]}-{digits[4:]}"
+
+
+Kind = Callable[[int, np.random.Generator], str]
+"""From a wished size, which not every kind heeds, to a text."""
+
+KEYS: dict[str, Kind] = {"letters": _letters, "word": _word, "number": _number, "code": _code}
+VALUES: dict[str, Kind] = {"number": _number, "word": _word, "code": _code}
 
 
 def score(predicted: ArrayLike, batch: Batch) -> NDArray[np.bool_]:
     """(B,) whether all weighted targets are predicted, by ids (B, T) or logits (B, T, V) of one forward pass.
 
-    It is also what greedy generation would score: as long as all digits before are right, both have read the
+    It is also what greedy generation would score: as long as all bytes before are right, both have read the
     same.
     """
+    return (_right(predicted, batch) | (batch.weight == 0)).all(axis=1)
+
+
+def answered(predicted: ArrayLike, batch: Batch) -> NDArray[np.bool_]:
+    """(answers of the batch,) whether all of each one's targets are predicted; arguments as those of `score`."""
+    right, weighted = _right(predicted, batch).reshape(-1), batch.weight.reshape(-1) > 0
+    starts = np.flatnonzero(weighted & ~np.concatenate([[False], weighted[:-1]]))
+    return np.logical_and.reduceat(right | ~weighted, starts) if len(starts) else np.zeros(0, dtype=np.bool_)
+
+
+def _right(predicted: ArrayLike, batch: Batch) -> NDArray[np.bool_]:
     ids = np.asarray(predicted)
     ids = ids.argmax(-1) if ids.ndim == 3 else ids
     if ids.shape != batch.targets.shape:
@@ -137,18 +260,7 @@ def score(predicted: ArrayLike, batch: Batch) -> NDArray[np.bool_]:
             f"Predictions must be ids {batch.targets.shape} or logits with one more axis, "
             f"got {np.shape(predicted)}."
         )
-    return ((ids == batch.targets) | (batch.weight == 0)).all(axis=1)
-
-
-def _slice(text: bytes, size: int, rng: np.random.Generator) -> bytes:
-    """`size` bytes of `text`, from a random sentence (or else word) on, going round at its end."""
-    at = int(rng.integers(len(text)))
-    ahead = text[at : at + 1000]
-    ahead += text[: 1000 - len(ahead)]
-    found = SENTENCE.search(ahead) or WORD.search(ahead)
-    start = (at + found.end()) % len(text) if found else 0
-    copies = -(-(start + size) // len(text))
-    return text[start : start + size] if copies <= 1 else (text[start:] + text * (copies - 1))[:size]
+    return ids == batch.targets
 
 
 def _boundaries(hay: bytes) -> NDArray[np.int64]:

@@ -1,5 +1,6 @@
 """What a model is trained on. A task gives the batch of a step and says what its loss means."""
 
+import dataclasses
 import hashlib
 import math
 from typing import Any, Protocol
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from miras.data.batches import Batch, Lanes
-from miras.data.needle import Curriculum, NeedleTask, score
+from miras.data.needle import Curriculum, NeedleTask, answered
 from miras.data.tokens import TokenFile
 from miras.nn.lm import LMState
 
@@ -88,7 +89,12 @@ class TextTask:
 
 
 class NeedleTraining:
-    """Needles in filler, their contexts growing with success; only the answer is learned."""
+    """Needles in filler, their contexts growing with success; only the answers are learned.
+
+    `kind` says what they are: its length, needles and questions give way to the step's. A step's haystacks hold up
+    to one needle for each `room` bytes, at most `crowd`, and ask for as many: a long text then teaches as much as
+    several short ones. `crowd=1` is one needle and one question.
+    """
 
     def __init__(
         self,
@@ -96,12 +102,14 @@ class NeedleTraining:
         tokens_per_step: int = 4096,
         seed: int = 0,
         curriculum: Curriculum | None = None,
-        digits: int = 5,
-        filler: bytes | None = None,
+        kind: NeedleTask | None = None,
+        crowd: int = 1,
+        room: int = 128,
         price_from: float = 0.3,
     ) -> None:
-        self.tokens_per_step, self.seed, self.digits, self.filler = tokens_per_step, seed, digits, filler
+        self.tokens_per_step, self.seed, self.crowd, self.room = tokens_per_step, seed, crowd, room
         self.curriculum = curriculum or Curriculum()
+        self.kind = kind or NeedleTask(self.curriculum.lengths[0])
         self.price_from, self.priced = price_from, False
         self.micro_batches = 1
         self.states: list[LMState | None] = [None]
@@ -109,13 +117,15 @@ class NeedleTraining:
     def batch(self, step: int, micro: int) -> Batch:
         length = self.curriculum.length(self.seed, step)
         rows = max(1, self.tokens_per_step // length)
-        task = NeedleTask(length, digits=self.digits, filler=self.filler)
+        most = max(1, min(self.crowd, length // self.room))
+        needles = 1 + int(np.random.default_rng([self.seed, step, 1]).integers(most))
+        task = dataclasses.replace(self.kind, length=length, needles=needles, questions=needles)
         # Samples are numbered by index, so steps must not overlap whatever their batch size.
         return task.batch(self.seed, step * self.tokens_per_step // rows, rows)
 
     def finished(self, step: int, batch: Batch, predicted: torch.Tensor) -> dict[str, float]:
         self.states = [None]
-        accuracy = float(score(predicted.numpy(), batch).mean())
+        accuracy = float(answered(predicted.numpy(), batch).mean())
         length = batch.tokens.shape[1]
         self.priced = self.priced or accuracy > self.price_from
         self.curriculum = self.curriculum.update(accuracy, length)
@@ -131,17 +141,23 @@ class NeedleTraining:
         return self._fixed() | {"curriculum": self.curriculum.to_dict(), "priced": self.priced}
 
     def _fixed(self) -> dict[str, Any]:
-        filler = None if self.filler is None else hashlib.sha256(self.filler).hexdigest()
+        kind = self.kind
         return {
             "kind": "needle",
-            "data": filler,
+            "data": None if kind.filler is None else hashlib.sha256(repr(kind.source).encode()).hexdigest(),
             "tokens_per_step": self.tokens_per_step,
             "seed": self.seed,
-            "digits": self.digits,
+            "digits": kind.digits,
+            "keys": list(kind.keys),
+            "values": list(kind.values),
+            "crowd": self.crowd,
+            "room": self.room,
         }
 
     def restore(self, values: dict[str, Any]) -> None:
-        _expect(self._fixed(), values)
+        # What a checkpoint of an older version does not say was as it is by default.
+        older = {"keys": ["letters"], "values": ["number"], "crowd": 1, "room": 128}
+        _expect(self._fixed(), older | values)
         self.curriculum = Curriculum.from_dict(values["curriculum"])
         self.priced = values["priced"]
 
