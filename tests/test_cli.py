@@ -211,6 +211,7 @@ def test_what_goes_wrong_is_one_clear_line(
         file.write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
     if "odd" in line:
         (place / "odd" / "config.json").write_text("{")
+        (place / "odd" / "checksums.json").unlink()
     assert reason in refused(line, capsys)
     # Nothing was begun: at most a folder for tokens that there are none of.
     assert not [path for path in (place / "r").rglob("*") if path.is_file()]

@@ -154,3 +154,32 @@ def test_damage_is_an_error_and_never_a_shorter_text(tmp_path: Path):
             path.write_bytes(damaged)
             with pytest.raises(ValueError, match=r"a\.[a-z.0-9]+' is damaged"):
                 read(path)
+
+
+def test_every_bit_of_a_tars_headers_counts(tmp_path: Path):
+    """A bit in a later member's header ends the list of members for tarfile, without a word."""
+    path = make_tar(tmp_path / "a.tar", "w", {f"{n}.txt": b"text %d" % n for n in range(4)})
+    whole, text = path.read_bytes(), read(path)
+    for at in range(3 * 512, 4 * 512, 5):  # the header of 1.txt
+        for bit in (1, 128):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            try:
+                # What follows the checksum's digits is read by nobody.
+                assert read(path) == text and 1536 + 148 <= at < 1536 + 156
+            except ValueError as error:
+                assert "a.tar' is damaged" in str(error)
+
+
+def test_a_tar_that_is_cut_between_two_members_is_damaged(tmp_path: Path):
+    path = make_tar(tmp_path / "a.tar", "w", {f"{n}.txt": b"text %d" % n for n in range(4)})
+    whole = path.read_bytes()
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    for cut in range(512, end, 512):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"a\.tar' is damaged"):
+            read(path)
+    path.write_bytes(whole[:1536] + bytes(512) + whole[2048:])  # a sector that reads as zeros
+    with pytest.raises(ValueError, match="there is more behind byte 1,536"):
+        read(path)
+    path.write_bytes(whole[: end + 512])  # one block of zeros is an end, as tar has it
+    assert len(read(path)) == 4

@@ -211,8 +211,18 @@ def test_damaged_files_are_refused_by_name(texts: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="checksum") as caught:
         TokenFile.open(body).verify()
     assert str(body) in str(caught.value)
+    with pytest.raises(ValueError, match="checksum"):
+        prepare(texts, ByteTokenizer(), tmp_path / "cache")
     body.write_bytes(good_body)
     TokenFile.open(head).verify()
+
+    head.write_text(good_head.replace('"num_bytes": [1', '"num_bytes": [3'))
+    with pytest.raises(ValueError, match="checksum") as caught:
+        prepare(texts, ByteTokenizer(), tmp_path / "cache")
+    assert str(head) in str(caught.value) and head.read_text() != good_head
+    del header["sha256"]  # a header of an older version
+    head.write_text(json.dumps(header))
+    assert prepare(texts, ByteTokenizer(), tmp_path / "cache").num_documents == 2
 
     documents = header["documents"]
     for change in (
@@ -229,7 +239,7 @@ def test_damaged_files_are_refused_by_name(texts: Path, tmp_path: Path):
         with pytest.raises(ValueError, match="not a readable token header") as caught:
             TokenFile.open(made.path)
         assert str(head) in str(caught.value)
-    for text in (good_head[:100], "[]", ""):
+    for text in (good_head[:100], "[]", "", "[" * 100_000):
         head.write_text(text)
         with pytest.raises(ValueError, match="not a readable token header"):
             TokenFile.open(made.path)

@@ -1,6 +1,7 @@
 """Going on after a kill at any moment, and what a resumed run refuses."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from miras.cli import main
 from miras.data.needle import NeedleTask
 from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
+from miras.system.checksums import CHECKSUMS
 from miras.train.checkpoint import checkpoints, load_checkpoint, read_meta
 from miras.train.loop import Run
 from miras.train.options import Settings, TrainOptions
@@ -91,11 +93,59 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+def test_every_changed_digit_of_what_a_checkpoint_says_is_seen(tmp_path):
+    assert train(options(tmp_path)) == 0
+    newest = checkpoints(tmp_path)[-1]
+    file = newest / "training.json"
+    whole = file.read_bytes()
+    for at in range(0, len(whole), 3):
+        if whole[at] in b"0123456789":
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(ValueError, match=r"training\.json is missing, cut off or changed"):
+                read_meta(newest)
+    file.write_bytes(whole)
+    wanted = read_meta(newest)
+    (newest / CHECKSUMS).unlink()  # as an older version wrote it
+    assert read_meta(newest) == wanted and load_checkpoint(newest)[2] == wanted
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_is(tmp_path, monkeypatch):
+    """What a power cut may take from the file is then only what the run does again."""
+    real, synced = os.fsync, []
+
+    def fsync(handle: int) -> None:
+        file = tmp_path / "metrics.jsonl"
+        if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+            synced.append(lines(tmp_path))
+        real(handle)
+
+    def save(self: Run, *arguments: object) -> Path:
+        assert synced[-1] == self.step
+        return real_save(self, *arguments)
+
+    real_save = Run.save
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Run, "save", save)
+    assert train(options(tmp_path)) == 0
+    assert synced == [0, 2, 4]
+
+
+def test_steps_that_the_metrics_lack_are_told(tmp_path, capsys):
+    assert train(options(tmp_path)) == 0
+    file = tmp_path / "metrics.jsonl"
+    kept = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(kept[0] + kept[1][:5])
+    assert train(options(tmp_path, steps=6, resume=True)) == 0
+    assert "metrics.jsonl lacks 3 of the 4 steps before this one" in capsys.readouterr().err
+    assert [row["step"] for row in rows(tmp_path)] == [0, 4, 5]
+
+
 @pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"format_version": 7}', "\x00\xff"])
 def test_meta_data_that_is_not_whole_is_one_line(tmp_path, capsys, text):
     assert train(options(tmp_path)) == 0
     newest = checkpoints(tmp_path)[-1]
     (newest / "training.json").write_text(text, encoding="latin-1")
+    (newest / CHECKSUMS).unlink()
     with pytest.raises(ValueError, match=r"step-4.training\.json"):
         read_meta(newest)
     capsys.readouterr()

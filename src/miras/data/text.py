@@ -142,13 +142,27 @@ def _read_tar(path: Path, prefix: str) -> Iterator[Document]:
                 shutil.copyfileobj(packed, plain, 1 << 20)
             plain.seek(0)
             with tarfile.open(fileobj=plain, mode="r:") as archive:
-                for member in sorted(archive.getmembers(), key=lambda member: member.name):
+                members = archive.getmembers()
+                _check_end(plain, archive.offset)
+                for member in sorted(members, key=lambda member: member.name):
                     file = archive.extractfile(member) if member.isreg() else None
                     data = file.read() if file is not None else b""
                     if _is_text(data):
                         yield Document(prefix + member.name, data)
         except (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:
             raise _damaged(path, error) from error
+
+
+def _check_end(plain: IO[bytes], at: int) -> None:
+    """Raise ReadError when an archive does not end there: tarfile stops at a damaged header in silence."""
+    plain.seek(at)
+    if plain.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(
+            f"it is cut off or damaged at byte {at:,}, where no member begins or the end is due"
+        )
+    while block := plain.read(1 << 20):
+        if block.count(0) != len(block):
+            raise tarfile.ReadError(f"there is more behind byte {at:,}, where it says that it ends")
 
 
 def _open_tar_stream(path: Path) -> IO[bytes]:

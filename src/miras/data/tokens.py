@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miras.data.text import Sources, find_sources, read_documents
+from miras.system.checksums import check_sealed, read_checked, sealed
 
 FORMAT = "miras-tokens"
 VERSION = 1
@@ -108,8 +109,9 @@ class FileTokenizer:
             raise FileNotFoundError(
                 f"No such tokenizer file: {str(path)!r}. Name a tokenizer.json or its folder."
             )
+        data = read_checked(path)
         try:
-            data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+            data = lzma.decompress(data) if path.suffix == ".xz" else data
             self._backend = Backend.from_str(data.decode("utf-8"))
         except Exception as error:  # the library raises plain Exception
             raise ValueError(
@@ -233,6 +235,7 @@ class TokenFile:
             version = int(header["version"]) if header["format"] == FORMAT else 0
             if version > VERSION:
                 raise ValueError(f"it has version {version}, this miras reads up to {VERSION}: upgrade miras")
+            check_sealed(header)
             documents = header["documents"]
             offsets = np.asarray(documents["offsets"], dtype=np.int64)
             sizes = np.asarray(documents["num_bytes"], dtype=np.int64)
@@ -243,7 +246,7 @@ class TokenFile:
                 raise ValueError("its fields contradict each other")
             rest = {key: str(header[key]) for key in ("fingerprint", "source_sha256", "tokens_sha256")}
             vocab_size = int(header["vocab_size"])
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise _refused(head, f"is not a readable token header ({error!r})", stem) from error
         size, wanted = body.stat().st_size, count * dtype.itemsize
         if size != wanted:
@@ -273,13 +276,16 @@ def prepare(sources: Sources, tokenizer: Tokenizer, cache_dir: str | Path) -> To
     quick = cache / f"{_quick_key(sources, tokenizer)}.source"
     try:
         source_sha256 = quick.read_text(encoding="ascii")
-    except FileNotFoundError:
+    except (FileNotFoundError, UnicodeDecodeError):
         source_sha256 = _hash_source(sources)
     key = hashlib.sha256(f"{VERSION} {source_sha256} {tokenizer.fingerprint}".encode()).hexdigest()[:32]
     stem = cache / key
-    if not all(file.exists() for file in _pair(stem)):
+    made = not all(file.exists() for file in _pair(stem))
+    if made:
         _write(sources, tokenizer, source_sha256, stem)
     opened = TokenFile.open(stem)
+    if not made:  # what lay on a disk for long may have changed there
+        opened.verify()
     if not quick.exists():
         with _appearing(quick) as file:
             file.write(source_sha256.encode("ascii"))
@@ -367,7 +373,7 @@ def _write(sources: Sources, tokenizer: Tokenizer, source_sha256: str, stem: Pat
     }
     # The header comes last: tokens without one are not yet there.
     with _appearing(header_file) as file:
-        file.write(json.dumps(header).encode("ascii"))
+        file.write(json.dumps(sealed(header)).encode("ascii"))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from miras.nn.config import ModelConfig
 from miras.nn.folder import AUTO_MAP, CODE, MODEL_TYPE, OF_TRANSFORMERS, write_atomically
+from miras.system.checksums import CHECKSUMS
 
 trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 """Whether a model is being loaded with `trust_remote_code=True`."""
@@ -76,6 +77,9 @@ class MirasConfig(PreTrainedConfig):
         for name, data in CODE.items():
             write_atomically(Path(save_directory) / name, data)
         super().save_pretrained(save_directory, *args, **kwargs)
+        (Path(save_directory) / CHECKSUMS).unlink(
+            missing_ok=True
+        )  # those of the files that were there before
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:

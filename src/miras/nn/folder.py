@@ -18,6 +18,7 @@ from torch import Tensor
 
 from miras.nn.config import ModelConfig
 from miras.nn.lm import LM
+from miras.system.checksums import read_checked, with_checksums
 from miras.system.signals import Held
 
 MODEL_TYPE = "miras"
@@ -191,7 +192,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
         sweep(folder.parent, folder.name)
         made = Path(tempfile.mkdtemp(DRAFT, f".{folder.name}.", folder.parent))
         try:
-            for name, data in files.items():
+            for name, data in with_checksums(files).items():
                 _write(made / name, data)
             made.chmod(0o777 & ~_umask())
             _sync_names(made)
@@ -283,9 +284,11 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Model
     """The config of a model folder. Raises FileNotFoundError or ValueError when `config.json` is none of ours."""
     path = Path(folder) / "config.json"
     try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        data = read_checked(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} is not a model: config.json is missing in it") from error
+    try:
+        values: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or values.get("model_type") != MODEL_TYPE:

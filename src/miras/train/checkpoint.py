@@ -18,6 +18,7 @@ from torch import Tensor
 from miras.nn.config import ModelConfig
 from miras.nn.folder import drop, load_model, model_files, read_config, sweep, write_folder
 from miras.nn.lm import LM, LMState
+from miras.system.checksums import read_checked
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -79,9 +80,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     """What a checkpoint says of itself. ValueError names the file that is not whole, and an older checkpoint."""
     file = path / "training.json"
     try:
-        meta: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _refused(path, f"{file} is missing or cut off ({error})") from error
+        meta: Any = json.loads(read_checked(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refused(path, f"{file} is missing, cut off or changed ({error})") from error
     if not isinstance(meta, dict):
         raise _refused(path, f"{file} is not what a checkpoint says of itself")
     if "format_version" in meta and meta["format_version"] != FORMAT_VERSION:

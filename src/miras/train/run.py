@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shlex
 import time
 from collections import deque
@@ -63,7 +64,14 @@ def train(options: TrainOptions) -> int:
         f"step {run.step} of {options.steps}, {options.out}"
     )
 
+    if metrics.missing:
+        console.print(
+            f"{metrics.path} lacks {metrics.missing:,} of the {run.step:,} steps before this one: a machine "
+            "that stopped had not written them yet. The training goes on exactly all the same."
+        )
+
     def save() -> Path:
+        metrics.sync()
         return run.save(options.out, said, extra, options.keep)
 
     # A signal waits for the end of its step, and for that of the save behind it.
@@ -90,12 +98,13 @@ def train(options: TrainOptions) -> int:
             if nobody_reads(error):
                 save()
             raise
+        else:
+            path = save()
+            if run.step == options.steps:
+                save_model(run.model, options.out / "model", extra)
+            stops.over()
         finally:
             metrics.close()
-        path = save()
-        if run.step == options.steps:
-            save_model(run.model, options.out / "model", extra)
-        stops.over()
     if run.step < options.steps:
         console.print(
             f"Interrupted. {path} holds everything: `miras train --out {shlex.quote(str(options.out))} --resume` "
@@ -254,11 +263,15 @@ def _begin(options: TrainOptions, config: ModelConfig, task: Task) -> Run:
 
 
 class Metrics:
-    """One JSON object per step, appended; a resumed run first drops what came after its checkpoint."""
+    """One JSON object per step, appended; a resumed run first drops what came after its checkpoint.
+
+    missing: steps before it that the file does not tell of.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) < step]
+        self.missing = step - len({_step(line) for line in kept})
         write_atomically(path, "".join(line + "\n" for line in kept).encode())
         self.path = path
         # Unbuffered, so that each line is on its way at once and closing cannot fail.
@@ -269,6 +282,11 @@ class Metrics:
         with naming(self.path):
             write_whole(self.file.fileno(), (json.dumps({**row, "time": time.time()}) + "\n").encode())
 
+    def sync(self) -> None:
+        """Put all that was written on the disk, so that a checkpoint never knows of more steps than the file."""
+        with naming(self.path):
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self.file.close()
@@ -277,7 +295,7 @@ class Metrics:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a crash cut short
+    except (ValueError, KeyError, TypeError, RecursionError):  # a line that a crash cut short
         return math.inf
 
 
