@@ -93,6 +93,30 @@ def test_kill_9_at_random_moments_changes_nothing(tmp_path):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+def test_a_bare_resume_is_as_it_began(tmp_path, capsys):
+    """Also in what changes no number: how many checkpoints are kept and how often, and where tokens are."""
+    (tmp_path / "text.txt").write_text("The memory learns while it reads. " * 20)
+    before = torch.get_num_threads()
+    line = ["train", "--out", str(tmp_path / "run"), "--text", str(tmp_path / "text.txt"), "--steps", "6"]
+    line += ["--checkpoint-every", "1", "--keep", "4", "--threads", "1", "--cache", str(tmp_path / "cache")]
+    line += ["--hidden-size", "16", "--num-hidden-layers", "1", "--num-heads", "2", "--window-size", "8"]
+    line += ["--num-persistent", "2", "--chunk-size", "4", "--batch-size", "1", "--seq-len", "16"]
+    try:
+        assert main(line) == 0
+        torch.set_num_threads(2)
+        assert main([*line[:3], "--resume", "--steps", "9"]) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-6", "step-7", "step-8", "step-9"]
+    assert not (tmp_path / "run/tokens").exists()
+
+
+def test_threads_that_torch_chose_are_told(tmp_path):
+    assert train(options(tmp_path)) == 0
+    assert read_meta(checkpoints(tmp_path)[-1])["options"]["threads"] == torch.get_num_threads()
+
+
 def test_every_changed_digit_of_what_a_checkpoint_says_is_seen(tmp_path):
     assert train(options(tmp_path)) == 0
     newest = checkpoints(tmp_path)[-1]

@@ -35,15 +35,18 @@ FAILED = 1
 # What may change between a run and its continuation without changing the numbers.
 _FREE = ("out", "resume", "threads", "checkpoint_every", "keep", "cache", "model", "trust_remote_code")
 
-_PATHS = ("tokenizer",)
+# What a continuation is told anew: where it is, and what is trusted.
+_TOLD = ("out", "resume", "model", "trust_remote_code")
+
+_PATHS = ("tokenizer", "cache")
 
 
 def train(options: TrainOptions) -> int:
     """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
     console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-    set_threads(options.threads)
     options = _resumed(options)
     _check(options)
+    set_threads(options.threads)
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
     if options.carry and config.grows() and not options.resume:
@@ -57,6 +60,9 @@ def train(options: TrainOptions) -> int:
     extra = tokenizer.files()
     metrics = Metrics(options.out / "metrics.jsonl", run.step)
     said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    said["threads"] = (
+        torch.get_num_threads()
+    )  # also where it was torch's choice: it may choose otherwise elsewhere
     if options.resume:  # the model it began with, also where it goes on without naming it
         said["model"] = read_meta(checkpoints(options.out)[-1])["options"].get("model")
     console.print(
@@ -123,7 +129,7 @@ def _resumed(options: TrainOptions) -> TrainOptions:
     before = read_meta(there[-1])["options"]
     changes: dict[str, Any] = {}
     for f in dataclasses.fields(options):
-        if f.name in _FREE or f.name not in before or getattr(options, f.name) != f.default:
+        if f.name in _TOLD or f.name not in before or getattr(options, f.name) != f.default:
             continue
         value: Any = before[f.name]
         if f.name in _PATHS and value is not None:
