@@ -287,7 +287,7 @@ def _groups(
         if part is parts[-1]:
             y, state = run(rule, state, fresh, part, trace)
         else:
-            y, state = _run_recomputed(run, rule, state, fresh, part, trace)
+            y, state = _run_again(run, rule, state, fresh, part, trace)
         reads.append(y)
     if observation is not None and trace is not None:
         seen = {name: torch.cat([t[name] for t in trace], -1) for name in trace[0]}
@@ -334,7 +334,7 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
     ]
 
 
-def _run_recomputed(
+def _run_again(
     run: Run, rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
     """`run` that keeps only its inputs and runs again in the backward pass: the boundary of activation memory."""
@@ -355,11 +355,11 @@ def _run_recomputed(
 
     inputs = {"q": chunks.q, "k": chunks.k, "v": chunks.v}
     start = {} if fresh is None else fresh.tensors()
-    y, *end = _recomputed(again, inputs, state.tensors(), start, chunks.gates, *chunks.fixed)
+    y, *end = recomputed(again, inputs, state.tensors(), start, chunks.gates, *chunks.fixed)
     return y, state.with_tensors(dict(zip(names, end, strict=True)))
 
 
-def _recomputed(fn: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> tuple[Tensor, ...]:
+def recomputed(fn: Callable[..., tuple[Tensor, ...]], *trees: Tree) -> tuple[Tensor, ...]:
     """fn(*trees) of which only the inputs are kept for the backward pass."""
 
     def again(*leaves: Tensor) -> tuple[Tensor, ...]:
@@ -457,7 +457,7 @@ def dual(
             kept = {n: coefs[n].first[:, -1:].unflatten(0, (B, H)) for n in state.retained}
             retained = {n: r * kept[n] for n, r in state.retained.items()}
             state = State(A, S, state.anchor, state.phase, retained, state.recent)
-            state = _leave_open(rule, state, chunks, j, end)
+            state = leave_open(rule, state, chunks, j, end)
         else:
             closed = close_chunk(rule, state) if closed is None else closed
             state = replace(closed, A=A, S=S, anchor=A)
@@ -514,10 +514,10 @@ def formed_per_token(
         mine = {name: g[j] for name, g in made.items()}
         write = None if chunks.write is None else chunks.write[:, j]
         kept = {n: mine[f"keep.{n}"].cumprod(2) for n in state.A} if rule.retention.decayed else None
-        xs, ds, loss = _factors(rule, state, k[j], v[j], gates_j, chunks.fixed, kept)
+        xs, ds, loss = gradient_factors(rule, state, k[j], v[j], gates_j, chunks.fixed, kept)
 
         form = partial(_form, rule, write, trace is not None)
-        y, *rest = _recomputed(form, {"q": q[j]}, xs, ds, state.A, state.S, mine, *chunks.fixed)
+        y, *rest = recomputed(form, {"q": q[j]}, xs, ds, state.A, state.S, mine, *chunks.fixed)
         reads.append(y)
         A = dict(zip(state.A, rest, strict=False))
         S = dict(zip(state.S, rest[len(A) :], strict=False))
@@ -531,7 +531,7 @@ def formed_per_token(
         if end is True:
             state = close_chunk(rule, state)
         elif isinstance(end, Tensor):
-            state = _leave_open(rule, state, chunks, j, end)
+            state = leave_open(rule, state, chunks, j, end)
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
 
 
@@ -590,7 +590,7 @@ def _token_gates(rule: Rule, state: State, chunks: Chunks) -> dict[str, tuple[Te
         made[name] = (gate if write is None else torch.where(write, gate, else_)).unbind(2)
 
     for n in state.A:
-        put(f"lr.{n}", _wide(_step_sizes(rule, state, chunks, n)), 0)
+        put(f"lr.{n}", _wide(step_sizes(rule, state, chunks, n)), 0)
         lr = gate_of(chunks.gates, "lr", n)
         forget = (
             gate_of(chunks.gates, "forget", n) if "forget" in rule.retention.gates else torch.zeros_like(lr)
@@ -606,7 +606,7 @@ def _wide(gate: Tensor) -> Tensor:
     return gate[..., None, None] if gate.dim() == 4 else gate
 
 
-def _step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
+def step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
     """One weight's steps, (B, H, N, n) or channel-wise, after the algorithm and the step bound; 0 unwritten."""
     algorithm = rule.algorithm
     lr = algorithm.step_size(gate_of(chunks.gates, "lr", name), chunks.k)
@@ -629,7 +629,7 @@ def _step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
     return lr * (bound if lr.dim() == 4 else bound[..., None, None])
 
 
-def _leave_open(rule: Rule, state: State, chunks: Chunks, j: int, phase: Tensor) -> State:
+def leave_open(rule: Rule, state: State, chunks: Chunks, j: int, phase: Tensor) -> State:
     """The state after a piece of a chunk: `recent` takes the piece's keys and steps at their places."""
     recent = state.recent
     if rule.algorithm.step_bound:
@@ -687,7 +687,7 @@ def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> di
         key = tuple(id(g) for g in mine)
         # Weights that share their gates share these too, but for what each may have met in an open chunk.
         if key not in shared or open_chunk:
-            lr = _step_sizes(rule, state, chunks, name)
+            lr = step_sizes(rule, state, chunks, name)
             keep = torch.ones_like(lr)
             if "forget" in rule.retention.gates:
                 keep = 1 - gate_of(chunks.gates, "forget", name)
@@ -734,10 +734,10 @@ def at_the_anchor(
 ) -> tuple[Tree, Tree, Tensor]:
     """Every token's gradient at the weights of the chunk's start: the chunkwise rule."""
     kept = {n: c.first[..., None] for n, c in coefs.items()} if rule.retention.decayed else None
-    return _factors(rule, state, k, v, gates, fixed, kept)
+    return gradient_factors(rule, state, k, v, gates, fixed, kept)
 
 
-def _factors(
+def gradient_factors(
     rule: Rule, state: State, k: Tensor, v: Tensor, gates: Tree, fixed: Fixed, kept: Tree | None
 ) -> tuple[Tree, Tree, Tensor]:
     """For every token at once, the factors of its rank-one gradients x_t d_t^T, and its inner loss.

@@ -266,8 +266,8 @@ def flops_per_token(config: ModelConfig) -> int:
 
     A memory's weight (d_in, d_out) is passed at the key, backwards from its output unless it is the first, at
     the query for A and S, and twice by the update; in a chunk of C tokens every token meets C others on average
-    in two more products (C d_in and C d_out). Where a map or a channel-wise gate has the weights formed for every
-    token, it is passed at the key, backwards and at the query, and once by the rank-one update. All that is
+    in two more products (C d_in and C d_out). Where a map, or gates by channel with momentum, have the weights formed
+    for every token, it is passed at the key, backwards and at the query, and once by the rank-one update. All that is
     times the steps of a token. A window of w tokens costs 4 w D per head, over the keys that a block reads (2 w);
     a segment read whole has two keys for each of its tokens.
     """
@@ -284,7 +284,7 @@ def flops_per_token(config: ModelConfig) -> int:
         if gate.source == "token" and gate.follows is None:
             low = gate.rank if channels else 0
             memory += 2 * D * low + 2 * low * H * size if low else 2 * D * H * size
-    formed = any(o.channels for o in outputs if o.name.split(".")[0] not in rule.bias.gates)
+    formed = momentum and any(o.channels for o in outputs if o.name.split(".")[0] not in rule.bias.gates)
     formed = formed or not (rule.retention.direct and rule.algorithm.direct) or rule.memory.elementwise
     for i, (d_in, d_out) in enumerate(weights):
         passes = 1 + (i > 0) + (2 if formed else (1 + momentum) * 2)

@@ -8,7 +8,7 @@ from miras.core.rule import Masks, Rule, State
 from miras.core.scan import dual, scan_by
 from miras.core.scan import scan as chunkwise
 from miras.core.state import Tree, ordinary
-from miras.ops import exact, mlp
+from miras.ops import channels, exact, mlp
 from miras.ops.decode import compiles, decode, decodes
 from miras.ops.exact import blockwise
 
@@ -35,6 +35,8 @@ def scan(
     if mlp.fits(rule, gates):
         run = partial(dual, factors=mlp.factors)
         return scan_by(run, rule, state, (q, k, v, gates), masks, initial, outer)
+    if channels.fits(rule, gates) and not exact.fits(rule, gates):
+        return scan_by(channels.run, rule, state, (q, k, v, gates), masks, initial, outer)
     run = blockwise if exact.fits(rule, gates) else chunkwise
     return run(rule, state, q, k, v, gates, **masks._asdict(), initial=initial, outer=outer)
 

@@ -142,7 +142,7 @@ def _all_blocks(
         keep = torch.where(write[..., None, None] if by_channel else write, keep, 1)
     written = v * lr[..., None]
     if by_channel:
-        y, before, after = _met_by_channel(q, k, written, keep[..., 0])
+        y, before, after = met_by_key_channel(q, k, written, keep[..., 0])
     else:
         before, table = products(keep)
         before, after = before[..., None], table[..., -1, :, None]
@@ -158,7 +158,7 @@ def _all_blocks(
     return y.flatten(2, 3), end
 
 
-def _met_by_channel(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def met_by_key_channel(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Reads of a block's own tokens, and the products of keep through each token and after it, all (..., n, D).
 
     By halves: what the second half of a segment reads of the first passes the boundary between them, so its decay is

@@ -1,0 +1,127 @@
+"""Gates by channel, no weight per token, are the recurrence: values, states, gradients to the second, masks, cuts."""
+
+import itertools
+
+import pytest
+import torch
+
+from cases import Problem, name, same, second_derivatives
+from miras.core import scan as scan_module
+from miras.core.algorithm import GradientDescent
+from miras.core.bias import L2, Huber
+from miras.core.memory import MLP, Matrix
+from miras.core.retention import Decay, Keep
+from miras.core.rule import Rule, recurrence
+from miras.core.scan import scan as plain
+from miras.ops import scan
+from miras.ops.channels import fits
+
+RULES = tuple(
+    Rule(memory, bias, retention, algorithm, size)
+    for memory, bias in ((Matrix(), L2()), (MLP(2, 2), Huber()), (MLP(1, bias=True, affine=True), L2()))
+    for retention, algorithm, size in (
+        (Decay(), GradientDescent(step_bound=1.0), 16),
+        (Decay(towards="initial"), GradientDescent(step_bound=1.0), 5),
+        (Decay(decayed=True), GradientDescent(), 7),
+        (Decay(decayed=True, towards="initial"), GradientDescent(first_order=True), 3),
+        (Decay(), GradientDescent(), 1),
+        (Keep(), GradientDescent(), 4),
+    )
+)
+SIDES = tuple(itertools.product(("head", "input", "output"), repeat=2))[1:]
+"""By which channels lr and forget differ."""
+
+
+def problem_of(rule: Rule, seed: int, lr: str, forget: str, **sizes: int) -> Problem:
+    """A problem whose gates are by channel, each weight with its own."""
+    problem = Problem(rule, seed, **{"B": 2, "H": 1} | sizes)
+    g = torch.Generator().manual_seed(seed)
+    tokens = (problem.B, problem.H, problem.T)
+    for gate, side in (("lr", lr), ("forget", forget)):
+        if gate in rule.gates():
+            problem.gates = {n: x for n, x in problem.gates.items() if n.split(".")[0] != gate}
+            for n, a in problem.A0.items():
+                tail = {"head": (), "input": (a.shape[1], 1), "output": (1, a.shape[2])}[side]
+                value = 0.2 * torch.rand(*tokens, *tail, generator=g, dtype=torch.float64)
+                problem.gates[f"{gate}.{n}"] = value.requires_grad_()
+    return problem
+
+
+def check(problem: Problem) -> None:
+    assert fits(problem.rule, problem.gates)
+    y, state = problem.run(recurrence, [slice(0, problem.T)])
+    fast_y, fast_state = problem.run(scan, problem.cuts())
+    same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
+    same(problem.gradients(fast_y, fast_state), problem.gradients(y, state))
+
+
+def cases(rules: tuple[Rule, ...]) -> list:
+    """Every rule with every pair of sides that makes a difference to it."""
+    return [
+        pytest.param(rule, lr, forget, id=f"{name(rule)}-{lr}-{forget}")
+        for rule, (lr, forget) in itertools.product(rules, SIDES)
+        if rule.retention.gates or (lr != "head" and forget == "head")
+    ]
+
+
+@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES))
+def test_it_is_the_recurrence(rule, lr, forget):
+    check(problem_of(rule, RULES.index(rule), lr, forget, T=19))
+
+
+@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[:3]))
+def test_gates_at_exactly_0_and_1(rule, lr, forget):
+    problem = problem_of(rule, RULES.index(rule) + 100, lr, forget, T=19)
+    for gate in problem.gates.values():
+        with torch.no_grad():
+            draw = torch.rand(gate.shape, generator=torch.Generator().manual_seed(gate.numel()))
+            gate[draw < 0.25] = 0.0
+            gate[draw > 0.75] = 1.0
+    check(problem)
+
+
+@pytest.mark.parametrize("rule", RULES[::2], ids=name)
+def test_groups_that_are_recomputed_and_nothing_recorded(rule, monkeypatch):
+    problem = problem_of(
+        rule, RULES.index(rule) + 200, "output", "output" if rule.retention.gates else "head", T=37
+    )
+    monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
+    check(problem)
+    y, state = problem.run(recurrence, [slice(0, problem.T)])
+    with torch.no_grad():
+        y2, state2 = problem.run(scan, problem.cuts())
+    same({"y": y2} | state2.tensors(), {"y": y} | state.tensors())
+
+
+@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[7:10])[::3])
+def test_second_outer_derivatives(rule, lr, forget):
+    problem = problem_of(rule, RULES.index(rule), lr, forget, T=7, B=1, H=1)
+    same(*(second_derivatives(problem, function) for function in (scan, plain)), tolerance=1e-7)
+
+
+def test_a_gate_by_channel_keeps_later_tokens_out():
+    """To the last bit: also in the tables of a chunk and in the padding of its tokens."""
+    problem = problem_of(RULES[6], 5, "output", "output", T=21)
+    problem.masks = dict.fromkeys(problem.masks)
+    changed = {
+        n: x.detach().clone() for n, x in problem.leaves().items() if not n.startswith(("A0", "outer"))
+    }
+    for x in changed.values():
+        x[:, :, 9] = 0.1
+    with torch.no_grad():
+        before, _ = problem.run(scan, [slice(0, 21)])
+        after, _ = problem.run(scan, [slice(0, 21)], **changed)
+    assert torch.equal(before[:, :, :9], after[:, :, :9])
+    assert not torch.equal(before[:, :, 9:], after[:, :, 9:])
+
+
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        (Rule(algorithm=GradientDescent(momentum=True)), (4, 1)),
+        (Rule(), ()),
+    ],
+    ids=["momentum", "per head"],
+)
+def test_other_rules_have_another_way(rule, shape):
+    assert not fits(rule, {"lr": torch.zeros(1, 1, 2, *shape), "forget": torch.zeros(1, 1, 2, *shape)})
