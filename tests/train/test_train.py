@@ -367,6 +367,10 @@ def test_a_crowd_of_needles_grows_with_the_context():
     task = NeedleTraining(tokens_per_step=2048, curriculum=Curriculum(lengths=(512,)), crowd=3)
     answers = {int(task.batch(step, 0).weight[0].sum()) // 5 for step in range(20)}
     assert answers == {1, 2, 3}
+    many = NeedleTraining(tokens_per_step=2048, curriculum=Curriculum(lengths=(512,)), crowd=4, least=3)
+    assert {int(many.batch(step, 0).weight[0].sum()) // 5 for step in range(20)} == {3, 4}
+    short = NeedleTraining(tokens_per_step=2048, curriculum=Curriculum(lengths=(128,)), crowd=4, least=3)
+    assert {int(short.batch(step, 0).weight[0].sum()) // 5 for step in range(20)} == {1}
     batch = task.batch(0, 0)
     one = int(np.flatnonzero(batch.weight[0])[0])
     predicted = torch.from_numpy(batch.targets.copy())

@@ -68,7 +68,7 @@ class NeedleTask:
     """Haystacks of exactly `length` bytes, question and answer included, each pure in (seed, index).
 
     `needles` of them are hidden, with keys that differ; the question at the end asks for one. Of `questions` more
-    than one, the others stand in the filler, each behind its needle, with their answers. Kinds of key and value are
+    than one, the others stand in the filler behind all needles, with their answers. Kinds of key and value are
     drawn for each needle from `keys` ("letters", "word", "number", "code") and `values` ("number", "word", "code");
     `digits` of a number that is a value (RULER has 7), `key_letters` of a key of letters. `filler`: one of the
     package's by name, a Filler, text of one's own (a stretch from a random sentence on, repeated when it is too
@@ -147,9 +147,9 @@ class NeedleTask:
             at[asked] = int(places[np.abs(places - self.depth * size).argmin()])
         # What goes where: (place, 0 for a needle and 1 for a question, which needle).
         put = [(place, 0, n) for n, place in enumerate(at)]
-        for n in others:
-            behind = places[places >= at[n]]
-            put.append((int(behind[rng.integers(len(behind))]), 1, n))
+        # Behind all needles: a question right behind its own could be answered by what was read last.
+        behind = places[places >= max(at)]
+        put += [(int(behind[rng.integers(len(behind))]), 1, n) for n in others]
         parts: list[bytes] = []
         answers: list[slice] = []
         made = done = 0

@@ -91,9 +91,9 @@ class TextTask:
 class NeedleTraining:
     """Needles in filler, their contexts growing with success; only the answers are learned.
 
-    `kind` says what they are: its length, needles and questions give way to the step's. A step's haystacks hold up
-    to one needle for each `room` bytes, at most `crowd`, and ask for as many: a long text then teaches as much as
-    several short ones. `crowd=1` is one needle and one question.
+    `kind` says what they are: its length, needles and questions give way to the step's. A step's haystacks hold
+    `least` to `crowd` needles, but one for each `room` bytes at most, and ask for as many: a long text then teaches
+    as much as several short ones. `crowd=1` is one needle and one question.
     """
 
     def __init__(
@@ -104,10 +104,12 @@ class NeedleTraining:
         curriculum: Curriculum | None = None,
         kind: NeedleTask | None = None,
         crowd: int = 1,
+        least: int = 1,
         room: int = 128,
         price_from: float = 0.3,
     ) -> None:
-        self.tokens_per_step, self.seed, self.crowd, self.room = tokens_per_step, seed, crowd, room
+        self.tokens_per_step, self.seed = tokens_per_step, seed
+        self.crowd, self.least, self.room = crowd, least, room
         self.curriculum = curriculum or Curriculum()
         self.kind = kind or NeedleTask(self.curriculum.lengths[0])
         self.price_from, self.priced = price_from, False
@@ -118,7 +120,8 @@ class NeedleTraining:
         length = self.curriculum.length(self.seed, step)
         rows = max(1, self.tokens_per_step // length)
         most = max(1, min(self.crowd, length // self.room))
-        needles = 1 + int(np.random.default_rng([self.seed, step, 1]).integers(most))
+        rng = np.random.default_rng([self.seed, step, 1])
+        needles = int(rng.integers(min(self.least, most), most + 1))
         task = dataclasses.replace(self.kind, length=length, needles=needles, questions=needles)
         # Samples are numbered by index, so steps must not overlap whatever their batch size.
         return task.batch(self.seed, step * self.tokens_per_step // rows, rows)
@@ -151,12 +154,13 @@ class NeedleTraining:
             "keys": list(kind.keys),
             "values": list(kind.values),
             "crowd": self.crowd,
+            "least": self.least,
             "room": self.room,
         }
 
     def restore(self, values: dict[str, Any]) -> None:
         # What a checkpoint of an older version does not say was as it is by default.
-        older = {"keys": ["letters"], "values": ["number"], "crowd": 1, "room": 128}
+        older = {"keys": ["letters"], "values": ["number"], "crowd": 1, "least": 1, "room": 128}
         _expect(self._fixed(), older | values)
         self.curriculum = Curriculum.from_dict(values["curriculum"])
         self.priced = values["priced"]
