@@ -3,6 +3,7 @@
 import ast
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -210,3 +211,30 @@ def test_no_absolute_machine_paths():
     pattern = re.compile(r"(?<![\w./])/(?:root|home|work|opt|Users)/\w")
     for path in [*SOURCE.rglob("*.py"), ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / ".ci" / "run"]:
         assert not pattern.search(path.read_text(encoding="utf-8")), path
+
+
+EXTRAS = (
+    "lm_eval",
+    "datasets",
+    "pyarrow",
+    "pandas",
+    "scipy",
+    "peft",
+    "accelerate",
+    "matplotlib",
+    "hypothesis",
+    "pytest",
+)
+
+
+def test_the_demo_needs_nothing_of_the_tests():
+    code = f"import sys; sys.modules |= dict.fromkeys({EXTRAS}); import miras.demo.run, miras.demo.fresh, miras.cli"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+@pytest.mark.parametrize(("target", "wanted"), [("demo", ["-e ."]), ("test", ["-e .", '-e ".[dev]"'])])
+def test_make_installs_what_a_target_needs(target, wanted, tmp_path):
+    command = ["make", "-n", f"VENV={tmp_path / 'venv'}", target]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"constraints\.txt (-e \S+)$", said, re.M) == wanted

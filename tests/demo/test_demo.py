@@ -1,14 +1,22 @@
 """The demo, small: what it shows is what happened."""
 
+import json
+import re
+import time
 from importlib import resources
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from miras.data.needle import NeedleTask
+from miras.data.novel import load_novel
+from miras.demo import needle_act as act_one
 from miras.demo.needle import STEPS, load, needle_config, needle_configs
-from miras.demo.needle_act import shipped_accuracy
+from miras.demo.needle_act import other_texts, shipped_accuracy, shipped_rows
 from miras.demo.options import DemoOptions
+from miras.demo.reading_act import new_run, rank_correlation, reading_config, train_for
 from miras.demo.run import demo
 from miras.evaluate.needle import needle_accuracy
 
@@ -26,6 +34,15 @@ def test_the_demo_runs_and_leaves_a_report(tmp_path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "largest difference 0" in said and "report.html" in said
     page = (tmp_path / "report.html").read_text()
+    # What comes first is what a reader would call surprise, and how far the others go with it is said.
+    assert re.findall(r'data-kind="(.*?)"', page) == ["predictive", "momentary", "accumulated"]
+    assert re.search(r"over this page .*: momentary [+-]\d\.\d\d, accumulated [+-]\d\.\d\d", page)
+    # What was shipped is not among what was measured, and the haystack is what it is.
+    assert "The grass is green" in page and "over and over" in page and "Everything on this page" not in page
+    assert page.count("weights shipped") == 2 and "Shipped with the package, and not made in this run" in page
+    rows = json.loads((resources.files("miras.demo") / "assets" / "accuracy.json").read_text())
+    novel = [r["accuracy"] for r in rows if r["model"] == "memory" and r["filler"] == "books"]
+    assert all(f"{100 * share:.3g} %" in page for share in novel)
     sample = NeedleTask(8192, depth=0.01).sample(1_000_003, 0)
     assert sample.value in page and sample.key in page and "Great Expectations" in page
     assert len(page) < 400_000
@@ -60,7 +77,60 @@ def test_the_shipped_memory_finds_needles_eight_times_as_far_as_it_was_trained()
 
 
 def test_the_shipped_accuracy_is_marked_as_measured_before():
-    shown = shipped_accuracy()
+    shown = shipped_accuracy(shipped_rows())
     assert shown is not None and shown.precomputed and "benchmarks/needle.py" in shown.command
     memory, twin = (dict((p.context, p) for p in s.points) for s in shown.series)
     assert set(memory) == set(twin) == {2048, 16_384, 131_072, 1_000_000}
+
+
+def test_every_text_that_was_measured_is_in_the_table_beside_the_chart():
+    rows = shipped_rows()
+    table = other_texts(rows)
+    assert {(h.context, h.memory, h.n) for h in table} == {
+        (r["length"], 100 * r["accuracy"], r["n"])
+        for r in rows
+        if r["model"] == "memory" and r["length"] <= 16_384
+    }
+    assert table[0].name == "this filler" and "a novel" in {h.name for h in table}
+
+
+def test_training_stops_on_time_however_busy_the_machine_becomes(monkeypatch):
+    """Ten steps at a hundredth of a second, then steps of one second: a guess from the first ones fits 400."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    runs = {name: new_run(reading_config(), load_novel(), 0) for name in ("titans-mag", "attention only")}
+    shares: list[float] = []
+    for name, run in runs.items():
+
+        def advance(run=run, first=name == "titans-mag"):
+            shares.append(run.step / run.settings.steps)
+            now[0] += 0.005 if run.step < 10 else 0.5
+            run.step += 1
+            return {"tokens": 1024 * run.step, "bits_per_byte": 8.0 / run.step}
+
+        monkeypatch.setattr(run, "advance", advance)
+    curves = train_for(runs, 20.0, Console(quiet=True))
+    assert 20 <= now[0] <= 21.1
+    steps = {run.step for run in runs.values()}
+    assert steps == {30} and [c.x for c in curves] == [[1024 * k for k in range(1, 31)]] * 2
+    assert shares[-1] > 0.9  # the learning rate has fallen to its end
+    assert [c.role for c in curves] == ["memory", "twin"]
+    assert curves[0].y[:2] == [8.0, 6.0]  # plain means
+
+
+def test_on_a_slow_machine_the_haystack_is_smaller(monkeypatch):
+    monkeypatch.setattr(act_one, "SECONDS", 0.0)
+    monkeypatch.setattr(act_one, "PIECE", 2048)
+    act = act_one.needle_act(load(), 400_000, 3, Console(quiet=True))
+    assert act.correct and act.needle_position is not None and act.needle_position < act.bytes_read < 12_000
+    assert act.process_memory[0].x[-1] == act.bytes_read
+    assert f"{act.bytes_read:,} of 400,000 bytes" in act.notes[0]
+
+
+def test_rank_correlation_is_spearman_s():
+    a = [0.1, 5.0, 2.0, 2.0, 9.0]
+    assert rank_correlation(a, [x**3 for x in a]) == pytest.approx(1)
+    assert rank_correlation(a, [-x for x in a]) == pytest.approx(-1)
+    # By hand: ranks 1 4 2.5 2.5 5 against 3 1 2 5 4.
+    ranks = np.corrcoef([1, 4, 2.5, 2.5, 5], [3, 1, 2, 5, 4])[0, 1]
+    assert rank_correlation(a, [3.0, 1.0, 2.0, 5.0, 4.0]) == pytest.approx(ranks)

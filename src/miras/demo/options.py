@@ -13,9 +13,9 @@ class DemoOptions:
     retrain_needle: bool = False
     """Train the needle model and its twin anew, in about ten minutes, and put them in OUT instead."""
     needle_bytes: int = 1_000_000
-    """Bytes of filler and needle that are read in act one."""
-    reading_seconds: float = 60.0
-    """Seconds of training in act two; the twin gets as many steps as fit into them."""
+    """Bytes of filler and needle that are read in act one, fewer on a machine that is too slow for them."""
+    reading_seconds: float = 95.0
+    """Seconds of training in act two, of the model and its twin, which take turns."""
     seed: int = 0
     threads: int = 0
     """Torch threads; 0 leaves torch's choice."""

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,10 +39,15 @@ from miras.stream.generation import generate
 from miras.stream.run import read
 from miras.train.loop import Run
 from miras.train.options import Settings
+from miras.train.run import WINDOW, Means
 from miras.train.tasks import TextTask
 from miras.zoo import attention_twin, preset
 
 BATCH, LENGTH, CHUNK = 4, 256, 32
+LEAST = 10
+"""Steps of training that are made in any case."""
+HELD_OUT = 4.0
+"""Seconds that tell how many held-out bytes are read under each condition."""
 PAGE = 7000
 CONDITIONS = ("learning", "reset", "frozen-warmed", "frozen")
 NAMES = {
@@ -69,36 +75,39 @@ def reading_config() -> ModelConfig:
     )
 
 
-def new_run(config: ModelConfig, novel: Novel, steps: int, seed: int) -> Run:
+def new_run(config: ModelConfig, novel: Novel, seed: int) -> Run:
     """A model of this config at the start of its training on the novel."""
     torch.manual_seed(seed)
     tokens = np.frombuffer(novel.train, np.uint8)
     task = TextTask(tokens, batch_size=BATCH, seq_len=LENGTH, align=CHUNK, seed=seed)
-    return Run(LM(config), task, Settings(steps=steps, lr=4e-3, warmup=30, weight_decay=0.05))
+    return Run(LM(config), task, Settings(steps=LEAST, lr=4e-3, warmup=30, weight_decay=0.05))
 
 
-def train_for(run: Run, seconds: float | None, what: str, role: str, console: Console) -> Curve:
-    """Train until the run's steps are done, and first set how many they are when it has `seconds`."""
+def train_for(runs: dict[str, Run], seconds: float, console: Console) -> list[Curve]:
+    """Train models in turns until the time is over, so that all have read the same: one loss curve for each.
+
+    How many steps fit is told anew before each one, from all that were made, so that the learning rate has fallen
+    when time is over, however busy the machine became on the way.
+    """
     clock = Clock()
-    xs: list[float] = []
-    ys: list[float] = []
-    shown = None
-    probe = 6
-    with bar(console, what, 1.0) as show:
-        while run.step < run.settings.steps:
-            row = run.advance()
-            if seconds is not None and run.step == probe:
-                # The first steps tell how many fit; from here on the schedule knows its end.
-                pace = clock() / probe
-                steps = max(probe + 4, int(seconds / pace))
-                run.settings = Settings(**{**vars(run.settings), "steps": steps})
-            shown = row["bits_per_byte"] if shown is None else 0.95 * shown + 0.05 * row["bits_per_byte"]
-            xs.append(row["tokens"])
-            ys.append(shown)
-            rate = row["tokens"] / clock()
-            show(run.step / run.settings.steps, f"{shown:.3f} bits per byte  {rate:,.0f} bytes/s")
-    run.model.eval()
-    return Curve("titans-mag" if role == "memory" else "attention only", xs, ys, role=role)
+    means = {name: Means() for name in runs}
+    curves = {name: Curve(name, [], [], role=_role(name)) for name in runs}
+    step = 0
+    with bar(console, "training both in turns", seconds) as show:
+        while (spent := clock()) < seconds or step < LEAST:
+            fit = max(step + 1, LEAST, round(step * seconds / spent) if step else 0)
+            for name, run in runs.items():
+                run.settings = replace(run.settings, steps=fit)
+                row = run.advance()
+                means[name].add(row)
+                curves[name].x.append(row["tokens"])
+                curves[name].y.append(means[name].of("bits_per_byte"))
+            step += 1
+            said = ", ".join(f"{name} {curve.y[-1]:.3f}" for name, curve in curves.items())
+            show(min(clock(), seconds), f"{step:,} steps  bits per byte: {said}")
+    for run in runs.values():
+        run.model.eval()
+    return list(curves.values())
 
 
 def reading_act(
@@ -107,11 +116,8 @@ def reading_act(
     """Train a titans-mag and its twin, read the held-out chapters, write a paragraph, save and go on."""
     console.print(f"\n[bold]It learns to read.[/] {novel.title}, {len(novel.train):,} bytes to learn from.")
     config = reading_config()
-    twin_config = attention_twin(config)
-    run = new_run(config, novel, 10**6, seed)
-    loss = [train_for(run, seconds, "titans-mag", "memory", console)]
-    twin = new_run(twin_config, novel, run.settings.steps, seed)
-    loss.append(train_for(twin, None, "attention-only twin", "twin", console))
+    run, twin = (new_run(each, novel, seed) for each in (config, attention_twin(config)))
+    loss = train_for({"titans-mag": run, "attention only": twin}, seconds, console)
     model = run.model
     save_model(model, out / "model")
 
@@ -136,7 +142,7 @@ def reading_act(
     )
     act = LearningAct(
         loss=loss,
-        loss_x="training bytes",
+        loss_x=f"training bytes; each point is the mean of {WINDOW} steps",
         held_out=[
             Curve(NAMES[c.condition], list(c.positions), list(c.bits_per_byte), role=_role(c.condition))
             for c in curves
@@ -147,11 +153,12 @@ def reading_act(
         generated=GeneratedText(tail, text, f"temperature 0.7, top-p 0.9, seed {seed}"),
         saved=saved,
     )
-    return act, model, run.settings.steps
+    return act, model, run.step
 
 
 def _role(condition: str) -> str:
-    return {"learning": "memory", "twin": "twin"}.get(condition, "")
+    roles = {"learning": "memory", "titans-mag": "memory", "twin": "twin", "attention only": "twin"}
+    return roles.get(condition, "")
 
 
 def _against(curve: StreamCurve, base: float) -> str:
@@ -160,10 +167,7 @@ def _against(curve: StreamCurve, base: float) -> str:
 
 def _held_out(model: LM, twin: LM, held: np.ndarray, console: Console) -> Iterator[StreamCurve]:
     """The held-out text under every condition; shorter on a slow machine, so that the demo keeps its time."""
-    clock = Clock()
-    read(model, held[:4096])
-    budget = int(4.0 * 4096 / clock())
-    held = held[: max(16_384, min(len(held), budget))]
+    held = held[: _fitting(model, held, HELD_OUT)]
     with bar(console, f"reading {len(held):,} held-out bytes", len(held) * 5) as show:
         for i, condition in enumerate((*CONDITIONS, "twin")):
             said = NAMES[condition]
@@ -178,6 +182,17 @@ def _held_out(model: LM, twin: LM, held: np.ndarray, console: Console) -> Iterat
             yield StreamCurve(**{**vars(curve), "condition": condition})
 
 
+def _fitting(model: LM, held: np.ndarray, seconds: float) -> int:
+    """How many bytes are read in so many seconds: not guessed from the first ones, but read."""
+    clock = Clock()
+    count = 0
+    for part in read_pieces(model, held):
+        count += part.tokens.shape[1]
+        if count >= 16_384 and clock() > seconds:
+            break
+    return count
+
+
 def fair_reading(curves: list[StreamCurve]) -> list[str]:
     """What the comparison says and what it does not, from its numbers."""
     mean = {c.condition: c.mean for c in curves}
@@ -187,7 +202,8 @@ def fair_reading(curves: list[StreamCurve]) -> list[str]:
         f"Against an attention-only twin of equal size, window and training bytes, the learning memory is "
         f"{abs(gain):.3f} bits per byte {best}. A minute of training on one seed is noise of about that size; "
         f"benchmarks/reading.py measures it on three paired seeds.",
-        "The twin is faster, so at equal time it would have seen more text.",
+        "Both trained in turns, step by step, so both have seen the same text. The twin is faster: at equal "
+        "time it would have seen more.",
         "A frozen memory is something this model never met in training: it shows that the model depends on its "
         "memory, not what the memory is worth.",
         "Resetting also begins attention and convolutions anew, every 2,048 bytes.",
@@ -234,17 +250,40 @@ def surprise_act(model: LM, novel: Novel) -> SurprisePage:
         values[kind] = np.mean(each, axis=0)
     sizes = [len(c.encode()) for c in text]
     ends = np.cumsum([0, *sizes])
-    layers: list[SurpriseLayer] = []
-    for kind, unit, fold, explanation in (
-        ("momentary", "gradient norm", np.max, "how hard each character pulls at the memory's weights"),
-        ("accumulated", "norm of S", np.max, "the momentum of surprise: what still echoes"),
-        ("predictive", "bits", np.sum, "how unexpected the character is to the whole model"),
-    ):
-        per_character = [float(fold(values[kind][a:b])) for a, b in pairwise(ends)]
-        layers.append(SurpriseLayer(kind, unit, per_character, explanation))
+    layers = [
+        SurpriseLayer(kind, unit, [float(fold(values[kind][a:b])) for a, b in pairwise(ends)])
+        for kind, unit, fold in (
+            ("predictive", "bits", np.sum),
+            ("momentary", "gradient norm", np.max),
+            ("accumulated", "norm of S", np.max),
+        )
+    ]
     return SurprisePage(
         text=text,
         layers=layers,
         source=f"{novel.title}, from the held-out chapters, byte {start:,} on",
-        notes=["Memory surprise is averaged over layers and heads; read after the chapters before it."],
+        notes=[
+            "Momentary and accumulated surprise are averaged over layers and heads; the page was read after the "
+            "chapters before it.",
+            together(layers),
+        ],
     )
+
+
+def together(layers: list[SurpriseLayer]) -> str:
+    """How far the memory's two kinds of surprise go with the reader's, in words and rank correlations."""
+    predictive, *others = layers
+    told = [f"{layer.kind} {rank_correlation(predictive.values, layer.values):+.2f}" for layer in others]
+    return (
+        f"Rank correlation with predictive surprise over this page (1: the same order, 0: unrelated, -1: the "
+        f"opposite order): {', '.join(told)}."
+    )
+
+
+def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman's correlation of two rows of numbers; equal ones have the mean of their ranks."""
+    ranks: list[np.ndarray] = []
+    for values in (a, b):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
+    return float(np.corrcoef(ranks)[0, 1])

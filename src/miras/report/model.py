@@ -132,11 +132,24 @@ class NeedleAccuracy:
 
 
 @dataclass(frozen=True)
+class Haystack:
+    """Needles found in one kind of text of `context` bytes: percent of `n` trials, for both models."""
+
+    name: str
+    context: int
+    memory: float
+    twin: float
+    n: int
+
+
+@dataclass(frozen=True)
 class NeedleAct:
     """Act one: a needle read early in `bytes_read` bytes and asked for at the end.
 
-    `needle_position` (byte offset) and `twin_window` (bytes the twin can see) draw the map of the text;
-    the curves run over tokens read: process memory in MB, mean write rate, and the norm of the memory.
+    `haystack` is what the text around it is made of, `weights` where the models come from, and `others` how many
+    needles they find in other texts. `needle_position` (byte offset) and `twin_window` (bytes the twin can see) draw
+    the map of the text; the curves run over tokens read: process memory in MB, mean write rate, and the norm of the
+    memory.
     """
 
     needle: str
@@ -150,6 +163,9 @@ class NeedleAct:
     twin_answer: str | None = None
     twin_correct: bool | None = None
     question: str = ""
+    haystack: str = ""
+    weights: str = ""
+    others: list[Haystack] = field(default_factory=list)
     needle_position: int | None = None
     twin_window: int | None = None
     accuracy: NeedleAccuracy | None = None

@@ -14,6 +14,7 @@ from .model import (
     Curve,
     DemoReport,
     GeneratedText,
+    Haystack,
     Header,
     HeadlineRow,
     LearningAct,
@@ -43,9 +44,9 @@ def render_report(report: DemoReport) -> str:
     main = "\n".join(
         (
             _headline(report.headline),
-            _act("one", "One", "It finds a needle in a million", _needle(report.needle)),
+            _act("one", "One", "A needle in a haystack", _needle(report.needle)),
             _act("two", "Two", "It learns to read", _learning(report.learning)),
-            _act("three", "Three", "What surprises it", _surprise(report.surprise)),
+            _act("three", "Three", "A page in surprise", _surprise(report.surprise)),
         )
     )
     return render_shell(
@@ -73,9 +74,10 @@ def _header(report: DemoReport) -> str:
     bars, step = stripes(report.surprise) if report.surprise else ("", 0)
     strip = (
         f'<figure class="stripes"><div aria-hidden="true">{bars}</div><figcaption>The page of Act Three at a '
-        f"glance: each stripe is {step:,} characters, deeper where the memory was more surprised."
+        f"glance: each stripe is {step:,} characters, deeper where {esc(report.surprise.layers[0].kind)} surprise "
+        "was higher."
         "</figcaption></figure>"
-        if bars
+        if bars and report.surprise
         else ""
     )
     models = "".join(
@@ -89,7 +91,7 @@ def _header(report: DemoReport) -> str:
         "memory, keeps training itself on the text as it goes by. This page shows what that memory did in "
         "one run, beside a twin of the same model that has attention only.</p>"
         f'{strip}<dl class="facts">{models}{when}</dl>'
-        '<nav aria-label="Acts"><ol><li><a href="#act-one">A needle in a million</a></li>'
+        '<nav aria-label="Acts"><ol><li><a href="#act-one">A needle in a haystack</a></li>'
         '<li><a href="#act-two">Learning to read</a></li><li><a href="#act-three">A page in surprise</a></li>'
         '<li><a href="#method">How it was measured</a></li></ol></nav>'
     )
@@ -146,7 +148,7 @@ def _needle(act: NeedleAct | None) -> str:
             (f"{number(act.peak_memory_mb)}{unit}", "peak process memory"),
         )
     )
-    charts = _accuracy(act.accuracy)
+    charts = _accuracy(act.accuracy) + _others(act.others)
     charts += _optional_chart(
         "memory-use",
         "Process memory while reading",
@@ -156,10 +158,12 @@ def _needle(act: NeedleAct | None) -> str:
     )
     pair = _optional_chart("write-rate", "How strongly it writes", "mean write rate", act.write_rate, 170)
     pair += _optional_chart("memory-norm", "How large the memory is", "memory norm |W|", act.memory_norm, 170)
+    made = f" The text is made of <q>{esc(act.haystack.strip())}</q>, over and over." if act.haystack else ""
+    weights = f'<p class="note">{esc(act.weights)}</p>' if act.weights else ""
     return (
         '<p class="intro">One sentence is hidden early in a long stream of text. Much later, past everything '
         "attention can still see, the model is asked for it. Only a memory that was written while reading "
-        "can hold the answer.</p>"
+        f"can hold the answer.{made}</p>{weights}"
         f'<div class="card"><p class="label">The needle</p><blockquote>{sentence}</blockquote>'
         f'<dl class="pair"><div><dt>key</dt><dd>{esc(act.key)}</dd></div>'
         f"<div><dt>true value</dt><dd>{esc(act.value)}</dd></div></dl>{_map(act)}{question}"
@@ -251,6 +255,25 @@ def _accuracy(accuracy: NeedleAccuracy | None) -> str:
     return (
         f'{render_chart(chart)}<p class="origin{" shipped" if accuracy.precomputed else ""}">{origin} '
         f"<code>{esc(accuracy.command)}</code></p>"
+    )
+
+
+def _others(rows: list[Haystack]) -> str:
+    """Return the table of needles found in other texts than that of this act."""
+    if not rows:
+        return ""
+    body = "".join(
+        f'<tr><th scope="row">{esc(r.name)}</th><td class="num">{r.context:,}</td>'
+        f'<td class="num s0">{number(r.memory, 3)} %</td><td class="num s1">{number(r.twin, 3)} %</td>'
+        f'<td class="num">{r.n:,}</td></tr>'
+        for r in rows
+    )
+    heads = ("Text around the needle", "Bytes", "With memory", "Attention only", "Samples")
+    return (
+        '<h3>In other texts</h3><p class="note">What the memory keeps depends on the text that it was trained to '
+        "ignore: the share of needles found, measured as the chart above.</p>"
+        f'<table class="averages others"><thead><tr>{"".join(f"<th scope=col>{h}</th>" for h in heads)}</tr></thead>'
+        f"<tbody>{body}</tbody></table>"
     )
 
 
@@ -389,9 +412,13 @@ def _surprise(page: SurprisePage | None) -> str:
     if page is None:
         return _NOT_RUN
     return (
-        '<p class="intro">The memory writes when something surprises it. Below is a page as it was read, '
-        "each character coloured by its surprise: pale where the text went as expected, deep where it did "
-        f"not.</p>{render_surprise(page)}"
+        '<p class="intro">Below is a page as it was read, each character coloured by its surprise. There are three '
+        "kinds, and they are not one thing. <em>Predictive</em> surprise is what a reader would call so: how "
+        "unexpected the character was to the whole model. <em>Momentary</em> surprise is the papers’ word for what "
+        "the memory learns from: how far what it recalls for the character is from what it is to recall. It "
+        "says how hard the memory is pushed, not how rare the text is, and the two need not go together. "
+        "<em>Accumulated</em> surprise is that push with what is left of earlier ones.</p>"
+        + render_surprise(page)
     )
 
 

@@ -17,7 +17,8 @@ MISSING = 255
 _STEPS = 253
 _EXPLAIN = {
     "momentary": "How strongly this one character pushes the memory to change: the size of the gradient of "
-    "the memory’s own loss at that character.",
+    "the memory’s own loss at that character. A memory does not predict characters: it is pushed wherever what it "
+    "recalls for a key is not yet the value, also at what any reader expects.",
     "accumulated": "The running surprise the memory actually writes with: the push of this character plus "
     "what is left of the pushes before it, so it rises at an event and fades after it.",
     "predictive": "How many bits the model needed to name this character before it saw it: 0 bits is "
