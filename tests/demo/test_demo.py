@@ -124,6 +124,7 @@ def test_on_a_slow_machine_the_haystack_is_smaller(monkeypatch):
     act = act_one.needle_act(load(), 400_000, 3, Console(quiet=True))
     assert act.correct and act.needle_position is not None and act.needle_position < act.bytes_read < 12_000
     assert act.process_memory[0].x[-1] == act.bytes_read
+    assert max(act.write_rate[0].y) > 1e-6  # the piece with the needle was watched
     assert f"{act.bytes_read:,} of 400,000 bytes" in act.notes[0]
 
 

@@ -24,7 +24,7 @@ DEPTH = 0.01
 DIGITS = 5
 PIECE = 8192
 SAMPLED = 12
-"""One piece in this many is watched: an observation forms each token's weights, which takes its time."""
+"""One piece in this many is watched, and the needle's: watching forms each token's weights, which takes its time."""
 SECONDS = 75.0
 """After so long the memory model stops reading filler and is asked: on a busy machine the haystack is smaller."""
 MEASURED_BY = "python benchmarks/needle.py --full --write accuracy.json"
@@ -63,7 +63,7 @@ def needle_act(
     clock = Clock()
     least = place + len(needle) + PIECE
     blocks = _until(hay, least, SECONDS, clock)
-    answer, curves = _read(models["memory"], blocks, question, size, "reading, with memory", console)
+    answer, curves = _read(models["memory"], blocks, question, size, place, "reading, with memory", console)
     seconds = clock()
     read = int(curves["memory"].x[-1])
     notes: list[str] = []
@@ -73,7 +73,7 @@ def needle_act(
         )
         console.print(notes[0])
     rest = _until(hay[: read - len(question)], size, SECONDS, clock)
-    twin_answer, _ = _read(models["twin"], rest, question, read, "reading, attention only", console)
+    twin_answer, _ = _read(models["twin"], rest, question, read, place, "reading, attention only", console)
     said = {
         name: "right" if a == sample.value else "wrong" for name, a in (("m", answer), ("t", twin_answer))
     }
@@ -116,7 +116,7 @@ def _until(hay: Tokens, least: int, seconds: float, clock: Clock) -> Iterator[To
 
 
 def _read(
-    model: LM, hay: Iterator[Tokens], question: Tokens, size: int, what: str, console: Console
+    model: LM, hay: Iterator[Tokens], question: Tokens, size: int, place: int, what: str, console: Console
 ) -> tuple[str, dict[str, Curve]]:
     """The digits a model gives after filler and question, and what it and the process did on the way."""
     xs: list[float] = []
@@ -130,7 +130,7 @@ def _read(
     state = None
     with bar(console, what, size) as show:
         for number in count():
-            with observe(active=number % SAMPLED == 0) as seen:
+            with observe(active=number % SAMPLED == 0 or number == place // PIECE) as seen:
                 part = next(pieces, None)
             if part is None:
                 break

@@ -142,7 +142,7 @@ def reading_act(
     )
     act = LearningAct(
         loss=loss,
-        loss_x=f"training bytes; each point is the mean of {WINDOW} steps",
+        loss_x=f"training bytes; each point is the mean of the last {WINDOW} steps",
         held_out=[
             Curve(NAMES[c.condition], list(c.positions), list(c.bits_per_byte), role=_role(c.condition))
             for c in curves

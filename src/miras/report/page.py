@@ -156,7 +156,7 @@ def _needle(act: NeedleAct | None) -> str:
         act.process_memory,
         floor=0,
     )
-    pair = _optional_chart("write-rate", "How strongly it writes", "mean write rate", act.write_rate, 170)
+    pair = _optional_chart("write-rate", "How strongly it writes", "mean write rate", act.write_rate, 170, 0)
     pair += _optional_chart("memory-norm", "How large the memory is", "memory norm |W|", act.memory_norm, 170)
     made = f" The text is made of <q>{esc(act.haystack.strip())}</q>, over and over." if act.haystack else ""
     weights = f'<p class="note">{esc(act.weights)}</p>' if act.weights else ""
