@@ -35,11 +35,12 @@ from miras.data.novel import load_novel
 from miras.demo.needle import load as load_needle_models
 from miras.evaluate.needle import wilson
 from miras.nn.config import ModelConfig
-from miras.nn.folder import load_model, save_model, write_atomically
+from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.reading import read_pieces
 from miras.stream.files import load_state, save_state
+from miras.system.files import write_atomically
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask

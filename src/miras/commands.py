@@ -20,7 +20,7 @@ from miras.data.tokens import ByteTokenizer, prepare
 from miras.evaluate.describe import describe, design_space, features
 from miras.evaluate.stream import Curve, stream_curve
 from miras.nn.config import ModelConfig
-from miras.nn.folder import check_place, model_hash, read_config, write_atomically
+from miras.nn.folder import model_hash, read_config
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
 from miras.nn.threads import set_threads
@@ -31,6 +31,7 @@ from miras.stream.generation import generate as generation
 from miras.stream.run import never
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
 from miras.stream.terminal import progress_bar, say, size_text
+from miras.system.files import check_place, write_atomically
 from miras.system.signals import worked
 from miras.zoo import override, preset, presets
 

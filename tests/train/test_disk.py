@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from miras.cli import main
-from miras.nn import folder as folders
-from miras.nn.folder import load_model, save_model, write_atomically
+from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
 from miras.stream import load_state, read, save_state
+from miras.system import files
+from miras.system.files import write_atomically
 from miras.train.checkpoint import checkpoints, load_checkpoint
 from miras.train.loop import Run
 from miras.train.options import Settings
@@ -177,7 +178,7 @@ def test_metrics_survive_a_full_disk(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("failing", [1, 2])
 def test_a_model_that_cannot_be_replaced_stays(tmp_path, monkeypatch, failing):
-    """The first rename moves the old model aside, the second gives the new one its name."""
+    """Where names cannot be exchanged, the first rename moves the old model aside, the second names the new one."""
     save_model(build(0), tmp_path / "model")
     before = contents(tmp_path)
     real, calls = Path.rename, []
@@ -189,6 +190,7 @@ def test_a_model_that_cannot_be_replaced_stays(tmp_path, monkeypatch, failing):
         return real(self, target)
 
     with monkeypatch.context() as patch:
+        patch.setattr(files, "_exchange", lambda: None)
         patch.setattr(Path, "rename", rename)
         with pytest.raises(OSError, match="model"):
             save_model(build(1), tmp_path / "model")
@@ -201,25 +203,42 @@ def test_a_model_that_cannot_be_replaced_stays(tmp_path, monkeypatch, failing):
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path, monkeypatch):
     save_model(build(0), tmp_path / "model")
-    (tmp_path / "model").rename(tmp_path / ".model.old")
+    before = contents(tmp_path)
+    aside = tmp_path / f".model.1-{files.host_tag()}-00000000.old"
+    (tmp_path / "model").rename(aside)
+    monkeypatch.setattr(files, "living", lambda *_: False)
     with monkeypatch.context() as patch:
         fill_disk(patch, "write", ".model.")
         with pytest.raises(OSError, match="model"):
             save_model(build(1), tmp_path / "model")
-    assert names(tmp_path) == [".model.old"]
+    assert names(tmp_path) == ["model"]
+    assert contents(tmp_path) == before
     save_model(build(1), tmp_path / "model")
     assert names(tmp_path) == ["model"]
 
 
-def test_drafts_that_kills_left_are_swept(tmp_path):
+def test_drafts_that_kills_left_are_swept(tmp_path, monkeypatch):
     run = begun(1)
-    for name in (".step-0.abc.draft", ".step-1.old.draft"):
+    monkeypatch.setattr(files, "living", lambda pid, *_: pid == 1)
+    own = f"{os.getpid()}-{files.host_tag()}"
+    for name in (
+        ".step-0.7-0a0a0a-00000000.draft",
+        f".step-1.{own}-00000000.draft",
+        ".step-1.1-0a0a0a-0.draft",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    (tmp_path / ".metrics.jsonl.x.draft").write_bytes(b"half")
-    (tmp_path / ".mine").write_bytes(b"no draft")
+    others = (
+        ".mine",
+        ".mine.draft",
+        ".step-1.x.draft",
+        ".step-2.1-0a0a0a-00000000.draft",
+        ".a.7-0a0a0a-00000000.draft",
+    )
+    for name in others:
+        (tmp_path / name).write_bytes(b"not ours, or not dead")
     run.save(tmp_path, {}, {}, keep=1)
-    assert names(tmp_path) == [".mine", "step-1"]
+    assert names(tmp_path) == sorted([*others, ".step-1.1-0a0a0a-0.draft", "step-1"])
 
 
 def test_a_whole_checkpoint_is_not_written_again(tmp_path):
@@ -245,7 +264,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path):
 
 def test_short_writes_are_gone_on_with(tmp_path, monkeypatch):
     real = os.write
-    monkeypatch.setattr(folders.os, "write", lambda handle, data: real(handle, data[:1000]))
+    monkeypatch.setattr(os, "write", lambda handle, data: real(handle, data[:1000]))
     save_model(build(), tmp_path / "model")
     wanted = build().state_dict()
     found = load_model(tmp_path / "model").state_dict()

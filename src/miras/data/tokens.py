@@ -1,22 +1,20 @@
 """Text -> token ids, and token ids on disk that are mapped into memory instead of read."""
 
-import contextlib
 import hashlib
 import json
 import lzma
-import os
 import re
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from miras.data.text import Sources, find_sources, read_documents
 from miras.system.checksums import check_sealed, read_checked, sealed
+from miras.system.files import appearing, sweep
 
 FORMAT = "miras-tokens"
 VERSION = 1
@@ -287,7 +285,7 @@ def prepare(sources: Sources, tokenizer: Tokenizer, cache_dir: str | Path) -> To
     if not made:  # what lay on a disk for long may have changed there
         opened.verify()
     if not quick.exists():
-        with _appearing(quick) as file:
+        with appearing(quick) as file:
             file.write(source_sha256.encode("ascii"))
     return opened
 
@@ -339,7 +337,8 @@ def _write(sources: Sources, tokenizer: Tokenizer, source_sha256: str, stem: Pat
     sizes: list[int] = []
     source, body = hashlib.sha256(), hashlib.sha256()
     tokens_file, header_file = _pair(stem)
-    with _appearing(tokens_file) as file:
+    sweep(stem.parent, r"[0-9a-f]{32}\.(tokens|json|source)")
+    with appearing(tokens_file) as file:
         for document in read_documents(sources):
             _hash_document(source, document.name, document.data)
             count = 0
@@ -372,26 +371,8 @@ def _write(sources: Sources, tokenizer: Tokenizer, source_sha256: str, stem: Pat
         "documents": {"names": names, "offsets": offsets, "num_bytes": sizes},
     }
     # The header comes last: tokens without one are not yet there.
-    with _appearing(header_file) as file:
+    with appearing(header_file) as file:
         file.write(json.dumps(sealed(header)).encode("ascii"))
-
-
-@contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that gets its name when all of it is on disk, and leaves nothing behind when writing fails."""
-    draft = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    try:
-        with draft.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names nothing
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 # Before a space that ends a word: the one place where the usual pre-tokenizers (GPT-2, Llama, SentencePiece)

@@ -1,13 +1,7 @@
 """Models on disk: Hugging Face folders with `config.json` and `model.safetensors`, written atomically."""
 
-import contextlib
-import glob
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +13,7 @@ from torch import Tensor
 from miras.nn.config import ModelConfig
 from miras.nn.lm import LM
 from miras.system.checksums import read_checked, with_checksums
-from miras.system.signals import Held
+from miras.system.files import naming, place_folder
 
 MODEL_TYPE = "miras"
 ARCHITECTURE = "MirasForCausalLM"
@@ -53,100 +47,6 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_miras.MirasForSequenceClassification",
 }
 """Where `transformers` finds a model's classes in that module."""
-
-DRAFT = ".draft"
-"""How the names of what is still being written end."""
-
-
-@contextlib.contextmanager
-def naming(path: Path) -> Generator[None, None, None]:
-    """An OSError inside the block names this path, also where the system names none (a full disk)."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror or os.strerror(error.errno), str(path)) from error
-
-
-def write_whole(handle: int, data: bytes) -> None:
-    """Write all of it to an open file, however little the system takes at once."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(handle, rest) :]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, even when the machine stops in between.
-
-    An OSError names `path`, and leaves an earlier file as it was. Behind a link it is the linked file that changes.
-    """
-    with Held(), naming(path):
-        path = Path(os.path.realpath(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = _draft(path)
-        os.close(handle)
-        try:
-            _write(Path(temporary), data)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _sync_names(path.parent)
-
-
-def check_place(flag: str, path: Path, ours: Callable[[Path], bool], kind: str) -> None:
-    """Raise ValueError, before work starts, when a file cannot be written, or something else would be lost by it.
-
-    `ours` tells whether a file that is there is an older one of its `kind`, which may be replaced.
-    """
-    real = Path(os.path.realpath(path))
-    if real.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; name a file in it")
-    if real.exists() and not (real.is_file() and (not real.stat().st_size or ours(real))):
-        raise ValueError(f"{flag} {path} exists and is not {kind}; name another file, or remove it first")
-    try:
-        real.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = _draft(real)
-        os.close(handle)
-        os.unlink(draft)
-    except OSError as error:
-        raise ValueError(
-            f"{flag} {path} cannot be written ({error.strerror}); name a file where you may write"
-        ) from error
-
-
-def _draft(path: Path) -> tuple[int, str]:
-    """A new file beside `path`, open, and its name."""
-    return tempfile.mkstemp(DRAFT, f".{path.name}.", path.parent)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file of the mode that the umask gives, and wait until it is on the disk."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-    try:
-        write_whole(handle, data)
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-    path.chmod(0o666 & ~_umask())
-
-
-def _sync_names(folder: Path) -> None:
-    """Put a folder's names on the disk, on systems that can. Files are whole with it and without."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _umask() -> int:
-    """What this process takes off new files' modes; temporary files are made private and must get them back."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = None) -> Path:
@@ -185,58 +85,11 @@ def _saved(tensors: dict[str, Tensor]) -> bytes:
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
     """Write a folder of files, whole or not at all, in place of an older model's; as `save_model` raises."""
-    with Held(), naming(folder):
+    with naming(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise ValueError(f"{folder} exists and holds no model; choose another folder or empty it")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        sweep(folder.parent, folder.name)
-        made = Path(tempfile.mkdtemp(DRAFT, f".{folder.name}.", folder.parent))
-        try:
-            for name, data in with_checksums(files).items():
-                _write(made / name, data)
-            made.chmod(0o777 & ~_umask())
-            _sync_names(made)
-            _put(made, folder)
-        except BaseException:
-            shutil.rmtree(made, ignore_errors=True)
-            raise
-        _sync_names(folder.parent)
+    place_folder(folder, with_checksums(files))
     return folder
-
-
-def _put(made: Path, folder: Path) -> None:
-    """Give a draft its name. What has the name steps aside, and comes back if that fails."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)  # a kill came between the two renames below
-    shutil.rmtree(old, ignore_errors=True)
-    if not folder.exists():
-        made.rename(folder)
-        return
-    try:
-        folder.rename(old)
-        made.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sweep(parent: Path, name: str | None = None) -> None:
-    """Remove the drafts that killed saves left in a folder: all of them, or those of one name."""
-    for draft in parent.glob(f".{'*' if name is None else glob.escape(name)}.*{DRAFT}"):
-        if draft.is_dir():
-            shutil.rmtree(draft, ignore_errors=True)
-        else:
-            draft.unlink(missing_ok=True)
-
-
-def drop(folder: Path) -> None:
-    """Remove a folder so that nobody finds a part of it."""
-    draft = folder.with_name(f".{folder.name}.old{DRAFT}")
-    folder.rename(draft)
-    shutil.rmtree(draft, ignore_errors=True)
 
 
 def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:

@@ -8,11 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miras.data.tokens import ByteTokenizer, Tokenizer
-from miras.nn.folder import check_place, model_hash, write_atomically
+from miras.nn.folder import model_hash
 from miras.nn.lm import LM, LMState
 from miras.report.explorer import Watched, bits_per_byte, facts_of, render_explorer, shortened, tracks_of
 from miras.report.text import esc
 from miras.report.watch import watch
+from miras.system.files import check_place, write_atomically
 
 
 @dataclass(frozen=True)

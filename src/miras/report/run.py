@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miras.data.tokens import Tokenizer
-from miras.nn.folder import check_place
 from miras.nn.threads import set_threads
 from miras.report.explorer import facts_of
 from miras.report.look import described, is_page, page_of
@@ -19,6 +18,7 @@ from miras.report.watch import as_text, check_layers, first_tokens, watch
 from miras.stream.files import load_state
 from miras.stream.source import open_model, open_text, text_blocks, text_tokens
 from miras.stream.terminal import progress_bar, size_text
+from miras.system.files import check_place
 
 
 def report(options: ReportOptions) -> int:

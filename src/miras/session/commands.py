@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from miras.data.tokens import ByteTokenizer
-from miras.nn.folder import write_atomically
 from miras.nn.reading import Piece, Spelling
 from miras.nn.threads import set_threads
 from miras.session.compare import outer_distance
@@ -38,6 +37,7 @@ from miras.session.session import Fed, Session
 from miras.stream.generation import check_sampling
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
 from miras.stream.terminal import progress_bar, say, size_text
+from miras.system.files import write_atomically
 from miras.system.signals import worked
 
 

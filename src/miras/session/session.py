@@ -15,7 +15,7 @@ from torch import Tensor
 from miras.core.observe import Observation
 from miras.core.observe import observe as observation
 from miras.data.tokens import Tokenizer
-from miras.nn.folder import model_hash, sweep
+from miras.nn.folder import model_hash
 from miras.nn.lm import LM
 from miras.nn.reading import LMState, Piece, Spelling, Tokens, read_pieces
 from miras.session import files
@@ -346,7 +346,6 @@ class Session:
                 f"a session a model that nobody else trains"
             )
         with Held(), hold(path):
-            sweep(path.parent, path.name)
             files.write(
                 path,
                 self.base,

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from miras.nn.folder import check_place, model_hash, write_atomically
+from miras.nn.folder import model_hash
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import StreamState
+from miras.system.files import check_place, write_atomically
 
 FORMAT = "miras-state"
 FORMAT_VERSION = 1

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from miras.data.text import read_documents
 from miras.nn.config import ModelConfig
-from miras.nn.folder import check_place, read_config, write_atomically
+from miras.nn.folder import read_config
 from miras.nn.threads import check_seed, set_threads
+from miras.system.files import check_place, write_atomically
 from miras.train.check import (
     CHANGE,
     HORIZON,

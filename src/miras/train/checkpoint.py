@@ -16,9 +16,10 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from miras.nn.config import ModelConfig
-from miras.nn.folder import drop, load_model, model_files, read_config, sweep, write_folder
+from miras.nn.folder import load_model, model_files, read_config, write_folder
 from miras.nn.lm import LM, LMState
 from miras.system.checksums import read_checked
+from miras.system.files import drop, sweep
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -60,7 +61,7 @@ def save_checkpoint(
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
     }
     path = folder / f"step-{meta['step']}"
-    sweep(folder)
+    sweep(folder, r"step-\d+")
     if not _holds(path, meta["sha256"]):
         write_folder(path, files | {"training.json": json.dumps(meta, indent=2).encode()})
     for old in checkpoints(folder)[: -max(1, keep)]:

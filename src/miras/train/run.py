@@ -19,9 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from miras.data.novel import load_novel
 from miras.data.tokens import Tokenizer, load_tokenizer, prepare
 from miras.nn.config import ModelConfig
-from miras.nn.folder import load_model, naming, read_config, save_model, write_atomically, write_whole
+from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
 from miras.nn.threads import check_seed, set_threads
+from miras.system.files import naming, write_atomically, write_whole
+from miras.system.lock import hold
 from miras.system.signals import Held, nobody_reads
 from miras.train.checkpoint import checkpoints, read_checkpoint_config, read_meta
 from miras.train.loop import NonFiniteError, Run
@@ -47,6 +49,14 @@ def train(options: TrainOptions) -> int:
     options = _resumed(options)
     _check(options)
     set_threads(options.threads)
+    advice = "a run has one writer at a time: wait for it, or choose another --out"
+    with hold(options.out / "run", advice, str(options.out)):
+        _check(options)  # what another process wrote here until now
+        return _train(options, console)
+
+
+def _train(options: TrainOptions, console: Console) -> int:
+    """Train in a folder that nobody else writes to."""
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
     if options.carry and config.grows() and not options.resume:
@@ -278,7 +288,8 @@ class Metrics:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) < step]
         self.missing = step - len({_step(line) for line in kept})
-        write_atomically(path, "".join(line + "\n" for line in kept).encode())
+        # A link of this name is replaced, not followed: nothing outside the run's folder is written to.
+        write_atomically(path, "".join(line + "\n" for line in kept).encode(), follow=False)
         self.path = path
         # Unbuffered, so that each line is on its way at once and closing cannot fail.
         self.file = path.open("ab", buffering=0)

@@ -1,0 +1,125 @@
+"""One writer at a time, by a lock of the operating system, which dies with its process."""
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from miras.system.files import host_tag, living, naming
+from miras.system.signals import Held
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
+    import msvcrt
+
+_held: set[Path] = set()
+
+_LARGEST = 40
+"""Bytes that a lock of ours has at most: a process id and a machine."""
+
+
+@contextlib.contextmanager
+def hold(path: str | Path, advice: str, name: str | None = None) -> Iterator[None]:
+    """Keep other processes from writing what has this path; inside, the same process may ask again.
+
+    The lock is a hidden file beside it, which holds the writer's process id. Raises ValueError, naming that and, as
+    what to do, `advice`, when another process has it (`name`: what to call the path then), or when something else
+    has the lock's name. On a file system without locks the process id alone is the lock.
+    """
+    name = str(path) if name is None else name
+    path = Path(path).resolve()
+    if path in _held:
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    with Held(), naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(lock, name, advice)
+        _held.add(path)
+    try:
+        yield
+    finally:
+        with Held():
+            _held.discard(path)
+            # Windows does not remove an open file: there it stays, and is no lock any more.
+            with contextlib.suppress(OSError):
+                lock.unlink()
+            os.close(handle)
+
+
+def _acquire(lock: Path, name: str, advice: str) -> int:
+    while True:
+        handle = _opened(lock)
+        try:
+            locked = _try_lock(handle)
+            pid, host, _ = (os.read(handle, _LARGEST).decode(errors="replace") + "  ").split(" ", 2)
+            busy = f"{name} is in use by {f'process {pid}' if pid else 'another process'}; {advice}"
+            if locked is False:
+                raise ValueError(busy)
+            if locked is None and _claimed(pid, host, handle):
+                raise ValueError(
+                    f"{busy}. This file system has no locks: if there is no such process any more, remove {lock}"
+                )
+            if _there(handle, lock):
+                os.ftruncate(handle, 0)
+                os.lseek(handle, 0, os.SEEK_SET)
+                os.write(handle, f"{os.getpid()} {host_tag()}".encode())
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+def _opened(lock: Path) -> int:
+    """The lock's file, open. Raises ValueError when something else has its name, which must not be written to."""
+    odd = f"{lock} is not a lock that miras made; look what it is, and remove it"
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise ValueError(odd) from error
+        raise
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _LARGEST:
+        os.close(handle)
+        raise ValueError(odd)
+    return handle
+
+
+def _claimed(pid: str, host: str, handle: int) -> bool:
+    """Without locks: whether the process that wrote itself in lives and is another one."""
+    if not pid.isdigit() or (int(pid) == os.getpid() and host == host_tag()):
+        return False
+    return living(int(pid), host, os.fstat(handle).st_mtime if host else time.time())
+
+
+def _there(handle: int, lock: Path) -> bool:
+    """Whether an open file still has its name: who held the lock before may have removed it since we opened it."""
+    try:
+        return os.path.samestat(os.fstat(handle), lock.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(handle: int) -> bool | None:
+    """Whether the lock is ours; None where there are no locks."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            # One byte far behind the process id, which others must be able to read.
+            os.lseek(handle, 1 << 20, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # pyright: ignore
+            os.lseek(handle, 0, os.SEEK_SET)
+    except (BlockingIOError, PermissionError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        return False
+    except OSError:
+        return None
+    return True
