@@ -219,12 +219,13 @@ def ttt_linear(
     official: bool = False,
     offset: Tensor | None = None,
     eps: float = 1e-5,
+    bias_rate: float = 1.0,
 ) -> Result:
     """TTT-Linear: f(x) = x + LN(x W + b), loss |f(k) - v|^2 / 2, W and b inner, LN's affine part outer (TTT).
 
     W_t = W_anchor - sum of lr_i grad_i over the chunk through t, lr (T,). `official` multiplies the sum read at place
     i = 1.. of its chunk by max(0, 1 / i + offset_i), offset (chunk,), as the authors' code does; that code also
-    divides lr by the head width (left to the caller) and has eps = 1e-6.
+    divides lr by the head width (left to the caller) and has eps = 1e-6. `bias_rate` multiplies the bias's lr.
     """
 
     def gradient(W: Tree, x: Tensor, target: Tensor) -> Tree:
@@ -234,7 +235,7 @@ def ttt_linear(
         unit = centred / deviation
         g = ln_weight * (ln_weight * unit + ln_bias + x - target)
         dz = (g - g.mean() - unit * (g * unit).mean()) / deviation
-        return {"w": torch.outer(x, dz), "b": dz}
+        return {"w": torch.outer(x, dz), "b": bias_rate * dz}
 
     def read(W: Tree, x: Tensor) -> Tensor:
         return x + ln_weight * _layer_norm(x @ W["w"] + W["b"], eps) + ln_bias
@@ -254,6 +255,7 @@ def ttt_mlp(
     official: bool = False,
     offset: Tensor | None = None,
     eps: float = 1e-5,
+    bias_rate: float = 1.0,
 ) -> Result:
     """TTT-MLP: f(x) = x + LN(gelu(x W_1 + b_1) W_2 + b_2), the rest as `ttt_linear` (TTT).
 
@@ -268,7 +270,8 @@ def ttt_mlp(
         def loss(W: Tree) -> Tensor:
             return 0.5 * (read(W, x) - target).square().sum()
 
-        return torch.func.grad(loss)(W)
+        grad = torch.func.grad(loss)(W)
+        return {n: bias_rate * g if n[0] == "b" else g for n, g in grad.items()}
 
     return _ttt(q, k, v, lr, A0, chunk, gradient, read, official, offset)
 

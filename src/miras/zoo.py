@@ -142,7 +142,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ttt-linear": {
         "rule": Rule(
-            MLP(depth=1, bias=True, affine=True),
+            MLP(depth=1, bias=True, affine=True, bias_input="key"),
             retention=Keep(),
             algorithm=GradientDescent(step_bound=1.0),
             chunk_size=16,
@@ -152,7 +152,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ttt-mlp": {
         "rule": Rule(
-            MLP(bias=True, affine=True),
+            MLP(bias=True, affine=True, bias_input="key"),
             retention=Keep(),
             algorithm=GradientDescent(step_bound=1.0),
             chunk_size=16,

@@ -59,7 +59,7 @@ AXES = (
         Vector(),
         MLP(depth=2, expansion=2),
         MLP(depth=1, bias=True, affine=True),
-        MLP(depth=2, expansion=1, bias=True, residual=False),
+        MLP(depth=2, expansion=1, bias=True, residual=False, bias_input="key"),
         GatedMLP(expansion=2),
         GatedMLP(expansion=1, residual=False, norm=False),
     ),

@@ -240,22 +240,24 @@ def titans_deep(draw: Draw, chunk: int, depth: int, channels: bool, returning: b
     return Case(rule, q, k, v, gates, A, one, seen=seen)
 
 
-def ttt(draw: Draw, chunk: int, depth: int) -> Case:
-    memory = MLP(depth=depth, expansion=2, bias=True, affine=True)
+def ttt(draw: Draw, chunk: int, depth: int, slow_bias: bool = False) -> Case:
+    memory = MLP(depth=depth, expansion=2, bias=True, affine=True, bias_input="key" if slow_bias else "one")
+    constant = D**-0.5 if slow_bias else 1.0
     q, k, v, A, lr = draw.tokens(D), draw.keys(D), draw.tokens(D), draw.weights(memory), draw.gate(top=0.3)
     gain, shift = draw.normal(H, D), draw.normal(H, D)
     names = {"w1": "w", "b1": "b"} if depth == 1 else {n: n for n in A}
 
     def one(at: At) -> oracles.Result:
-        start = {names[n]: a[at][0] if n[0] == "b" else a[at] for n, a in A.items()}
+        start = {names[n]: constant * a[at][0] if n[0] == "b" else a[at] for n, a in A.items()}
         loop = partial(oracles.ttt_mlp, A0=start)
         if depth == 1:
             loop = partial(oracles.ttt_linear, W0=start["w"], b0=start["b"])
-        return loop(q[at], k[at], v[at], lr[at], ln_weight=gain[at[1]], ln_bias=shift[at[1]], chunk=chunk)
+        norm = {"ln_weight": gain[at[1]], "ln_bias": shift[at[1]]}
+        return loop(q[at], k[at], v[at], lr[at], **norm, chunk=chunk, bias_rate=constant**2)
 
     def seen(y: Tensor, state: Tree) -> Tree:
         A = {new: state[f"A.{old}"] for old, new in names.items()}
-        return {"y": y} | {f"A.{n}": a[..., 0, :] if n[0] == "b" else a for n, a in A.items()}
+        return {"y": y} | {f"A.{n}": constant * a[..., 0, :] if n[0] == "b" else a for n, a in A.items()}
 
     rule = Rule(memory, L2(), Keep(), chunk_size=chunk)
     return Case(rule, q, k, v, {"lr": lr}, A, one, {"gain": gain, "shift": shift}, seen)
@@ -360,6 +362,7 @@ CASES: dict[str, Callable[[Draw], Case]] = {
     },
     **{f"ttt_linear-{chunk}": partial(ttt, chunk=chunk, depth=1) for chunk in (1, 4, 16)},
     **{f"ttt_mlp-{chunk}": partial(ttt, chunk=chunk, depth=2) for chunk in (1, 4, 16)},
+    **{f"ttt-{depth}-slow_bias": partial(ttt, chunk=4, depth=depth, slow_bias=True) for depth in (1, 2)},
     **{
         f"yaad-{chunk}-{kind}-{'channels' if channels else 'heads'}": partial(
             yaad, chunk=chunk, kind=kind, channels=channels

@@ -153,7 +153,8 @@ def test_only_the_last_layer_learns(name, memory):
     base = preset(name, memory=memory, **SMALL)
     model = LM(miras.zoo.override(base, gates=last_layer(base.rule)))
     _, state = model(torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0)))
-    A, A0 = state.layers[0].memory.A, model.model.layers[0].mixer.reader.A0(1)
+    mixer = model.model.layers[0].mixer
+    A, A0 = mixer.reader.weights(state.layers[0].memory), mixer.reader.A0(1)
     moved = {n for n in A if not torch.equal(A[n], A0[n])}
     depth = 3 if name == "ttt-mlp" else 2
     assert moved == {n for n in A if n.endswith(str(depth))}
@@ -184,8 +185,9 @@ def test_an_ablation_is_one_override(kind):
         assert (before - after).abs().max() > 1e-4
     memory = state.layers[0].memory.memory
     if kind == "last":
-        start = made[1].model.layers[0].mixer.memory.A0(2)
-        assert torch.equal(memory.A["w1"], start["w1"]) and not torch.equal(memory.A["w2"], start["w2"])
+        reader = made[1].model.layers[0].mixer.memory
+        now, start = reader.weights(memory), reader.A0(2)
+        assert torch.equal(now["w1"], start["w1"]) and not torch.equal(now["w2"], start["w2"])
     if kind == "query":
         assert not [n for n, _ in made[1].named_parameters() if "memory.k." in n]
 
@@ -196,7 +198,7 @@ def test_moneta_begins_with_weights_of_the_size_that_is_asked():
     A0 = LM(config).model.layers[0].mixer.reader.A0(1)
     for name, w in weights(config.rule, A0, {}).items():
         rms = w.square().mean((-2, -1)).sqrt()
-        torch.testing.assert_close(rms, torch.full_like(rms, 2.0 * A0[name].shape[-2] ** -0.5))
+        torch.testing.assert_close(rms, torch.full_like(rms, config.initial_scale * A0[name].shape[-2] ** -0.5))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,7 +90,8 @@ class MLP(Memory):
 
     `depth` counts weight matrices; the hidden width is `expansion` times the key width. `bias` adds a learned
     vector b_i behind each W_i, `affine` a gain and a shift to the norm that only the outer loop learns (both as TTT
-    has them). `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a
+    has them). `bias_input` is what each b_i is multiplied with: 1, or for "key" d_key^-1/2, the size of an entry of a
+    key of length 1: a bias, which all keys share, then learns at lr / d_key, the ratio that TTT's code has. `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a
     memory of depth 2 or more diverges on random input unless its steps are small.
     """
 
@@ -100,6 +101,7 @@ class MLP(Memory):
     norm: bool = True
     bias: bool = False
     affine: bool = False
+    bias_input: Literal["one", "key"] = "one"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,6 +109,8 @@ class MLP(Memory):
             raise ValueError(
                 f"MLP: depth and expansion must be at least 1, got depth={self.depth}, expansion={self.expansion}"
             )
+        if self.bias_input not in ("one", "key"):
+            raise ValueError(f"MLP: bias_input must be 'one' or 'key', got {self.bias_input!r}")
         if self.affine and not self.norm:
             raise ValueError(
                 "MLP: affine=True is a gain and a shift of the norm, which norm=False leaves out"
@@ -126,12 +130,16 @@ class MLP(Memory):
     def outer(self, d_key: int, d_value: int) -> dict[str, tuple[int, float]]:
         return {"gain": (d_value, 1.0), "shift": (d_value, 0.0)} if self.affine else {}
 
+    def constant(self, d_key: int) -> float:
+        """What each bias is multiplied with."""
+        return d_key**-0.5 if self.bias_input == "key" else 1.0
+
     def apply(self, x: Tensor, w: Weights) -> Tensor:
         y = x
         for i in range(1, self.depth + 1):
             y = w.linear(f"w{i}", gelu(y) if i > 1 else y)
             if self.bias:
-                y = y + w.linear(f"b{i}", x.new_ones(*x.shape[:-1], 1))
+                y = y + w.linear(f"b{i}", x.new_full((*x.shape[:-1], 1), self.constant(x.shape[-1])))
         return _finish(self.residual, self.norm, x, y, w)
 
 

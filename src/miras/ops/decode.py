@@ -157,7 +157,7 @@ def _mlp(memory: MLP, W: Tree, outer: Tree, x: Tensor) -> tuple[Tensor, Backward
     for i in range(1, memory.depth + 1):
         ins.append(F.gelu(y) if i > 1 else y)
         y = torch.bmm(ins[-1], W[f"w{i}"])
-        y = y + W[f"b{i}"] if memory.bias else y
+        y = y + memory.constant(x.shape[-1]) * W[f"b{i}"] if memory.bias else y
         outs.append(y)
     normed = scale = y
     if memory.norm:
@@ -190,7 +190,7 @@ def _mlp_back(
     for i in range(memory.depth, 0, -1):
         xs[f"w{i}"], ds[f"w{i}"] = ins[i - 1], d
         if memory.bias:
-            xs[f"b{i}"], ds[f"b{i}"] = torch.ones_like(d[..., :1]), d
+            xs[f"b{i}"], ds[f"b{i}"] = torch.full_like(d[..., :1], memory.constant(ins[0].shape[-1])), d
         if i > 1:
             d = gelu_backward(torch.bmm(d, W[f"w{i}"].mT), outs[i - 2])
     return xs, ds
