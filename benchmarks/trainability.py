@@ -5,8 +5,8 @@
     python benchmarks/trainability.py --literal        # the papers' forgetting towards 0, in a table; nothing is kept
 
 Each cell is `miras.check_training`: 60 steps of one lane of 512 bytes, 2 layers of 32, states carried. The ratio is
-that of its loss (bits per byte, mean of the last ten steps) to Gated DeltaNet's of equal size and seed. A bound is the
-worst ratio of all seeds plus 2 %. Resumable: what is in the file is not run again.
+that of its loss (bits per byte, mean of the last ten steps) to Gated DeltaNet's of equal size and seed. A bound is
+the worst ratio of all seeds plus 2 %. Resumable: what is in the file is not run again.
 """
 
 import argparse

@@ -162,10 +162,13 @@ def cells(name: str, *changes: Mapping[str, Any], **settings: Any) -> list[Cell]
     return [Cell(preset=name, change=change, **settings) for change in changes]
 
 
+OWN_LR = {"swa": 1.0, "transformer": 1.0}
+"""Of the finalists, by what 102,400 tokens said; 3 for all that have a memory."""
+
 GRIDS: dict[str, list[Cell]] = {
     "first-values": [*cells("gated-deltanet", {}), *cells("swa", {}), *cells("titans-lmm", {})],
     "finalists": [
-        Cell(preset=name, seed=seed, tokens=2_000_000, held_out=65_536)
+        Cell(preset=name, seed=seed, tokens=2_000_000, held_out=65_536, own_lr=OWN_LR.get(name, 3.0))
         for names, seeds in (
             (("titans-lmm", "titans-mag", "gated-deltanet", "swa"), (0, 1, 2)),
             (("titans-mac", "yaad", "moneta", "memora", "deltanet", "mamba2", "transformer"), (0,)),

@@ -43,7 +43,7 @@ TITANS = {
         chunk_size=16,
     ),
     "gates": {
-        "lr": Gate(scale=0.25, per_weight=True),
+        "lr": Gate(scale=0.25, bias=-1.5, per_weight=True),
         "momentum": Gate(scale=0.9, per_weight=True),
         "forget": Gate(bias=-5.0, per_weight=True),
     },
@@ -51,14 +51,14 @@ TITANS = {
 """Titans' memory: deep, momentum, forgetting, a gate for each of its weights (NeurIPS version, 3 and App. B.3)."""
 
 
-def _by_channel(scale: float) -> dict[str, Gate]:
+def _by_channel(scale: float, lr: float, forget: float) -> dict[str, Gate]:
     """Gates of Moneta, Yaad and Memora: one value for each output channel of each weight, of rank 32 (MIRAS 5.3).
 
-    A memory that forgets and is normalised must not step far: its gradient grows as its weights shrink.
+    scale: the largest step; lr, forget: first biases.
     """
     return {
-        "lr": Gate(scale=scale, per_weight=True, channels="output"),
-        "forget": Gate(bias=-5.0, per_weight=True, channels="output"),
+        "lr": Gate(scale=scale, bias=lr, per_weight=True, channels="output"),
+        "forget": Gate(bias=forget, per_weight=True, channels="output"),
     }
 
 
@@ -163,7 +163,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "titans-linear": {
         "pattern": ("memory",),
         "rule": dataclasses.replace(TITANS["rule"], memory=Matrix()),
-        "gates": TITANS["gates"],
+        "gates": {
+            "lr": Gate(per_weight=True),
+            "momentum": Gate(scale=0.9, per_weight=True),
+            "forget": Gate(bias=-8.0, per_weight=True),
+        },
+        "initial_scale": 0.0,
     },
     "titans-lmm": {"pattern": ("memory",), **TITANS},
     "titans-mac": {"pattern": ("mac",), "segment_size": 512, "num_persistent": 128, **TITANS},
@@ -178,14 +183,14 @@ PRESETS: dict[str, dict[str, Any]] = {
             GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": _by_channel(0.05),
-        "initial_scale": 2.0,
+        "gates": _by_channel(0.02, lr=-2.0, forget=-4.0),
+        "initial_scale": 0.5,
     },
     "yaad": {
         "rule": Rule(
             MLP(), Huber(), Decay(towards="initial"), GradientDescent(step_bound=1.0), chunk_size=16
         ),
-        "gates": _by_channel(0.1) | {"delta": Gate("softplus", bias=0.5413)},
+        "gates": _by_channel(0.35, lr=-2.0, forget=-5.0) | {"delta": Gate("softplus", bias=0.5413)},
     },
     "memora": {
         "rule": Rule(
@@ -194,8 +199,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             algorithm=GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": _by_channel(0.25),
-        "initial_scale": 3.0,
+        "gates": _by_channel(0.35, lr=-2.5, forget=-5.0),
+        "initial_scale": 0.7,
     },
 }
 

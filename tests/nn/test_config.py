@@ -198,7 +198,9 @@ def test_moneta_begins_with_weights_of_the_size_that_is_asked():
     A0 = LM(config).model.layers[0].mixer.reader.A0(1)
     for name, w in weights(config.rule, A0, {}).items():
         rms = w.square().mean((-2, -1)).sqrt()
-        torch.testing.assert_close(rms, torch.full_like(rms, config.initial_scale * A0[name].shape[-2] ** -0.5))
+        torch.testing.assert_close(
+            rms, torch.full_like(rms, config.initial_scale * A0[name].shape[-2] ** -0.5)
+        )
 
 
 @torch.no_grad()

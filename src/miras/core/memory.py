@@ -90,9 +90,10 @@ class MLP(Memory):
 
     `depth` counts weight matrices; the hidden width is `expansion` times the key width. `bias` adds a learned
     vector b_i behind each W_i, `affine` a gain and a shift to the norm that only the outer loop learns (both as TTT
-    has them). `bias_input` is what each b_i is multiplied with: 1, or for "key" d_key^-1/2, the size of an entry of a
-    key of length 1: a bias, which all keys share, then learns at lr / d_key, the ratio that TTT's code has. `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a
-    memory of depth 2 or more diverges on random input unless its steps are small.
+    has them). `bias_input` is what each b_i is multiplied with: 1, or for "key" d_key^-1/2, the size of an entry of
+    a key of length 1: a bias, which all keys share, then learns at lr / d_key, the ratio that TTT's code has.
+    `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a memory of
+    depth 2 or more diverges on random input unless its steps are small.
     """
 
     depth: int = 2

@@ -30,7 +30,7 @@ from miras.zoo import match_size, parameters, preset
 LARGEST_NORM = 100.0
 """Of the outer gradient after the first ten steps. A memory that learns has about 1."""
 WEIGHT_RANGE = (0.2, 10.0)
-"""|W| along a stream, in units of its first value."""
+"""|W| along a stream: at least so many times what it began with, at most so many times what it was early."""
 LARGEST_STEP = 0.5
 """The median of |step| / |W| over tokens."""
 NEAR = {True: 1.05, False: 1.15}
@@ -70,9 +70,10 @@ class Sensitivity(NamedTuple):
 
 
 class Range(NamedTuple):
-    """|W| of a layer along a stream: at its first token, the extremes, and at the last token; means over heads."""
+    """|W| of a layer along a stream: at its first token, after `WINDOW`, the extremes of its heads, and at last."""
 
     first: float
+    early: float
     smallest: float
     largest: float
     last: float
@@ -291,7 +292,9 @@ def _weights(lm: LM, tokens: Tensor) -> tuple[dict[str, Range], dict[str, float]
     for layer in seen.layers():
         weight = seen[layer]["weight"][0]  # (H, T)
         mean = weight.mean(0)
-        ranges[layer] = Range(*(float(x) for x in (mean[0], weight.min(), weight.max(), mean[-1])))
+        ranges[layer] = Range(
+            *(float(x) for x in (mean[0], mean[WINDOW], weight.min(), weight.max(), mean[-1]))
+        )
         moved = seen[layer]["accumulated"][0]
         steps[layer] = float((moved / weight)[weight > 0].median())
     return ranges, steps
@@ -314,8 +317,8 @@ def _problems(check: TrainingCheck) -> Any:
             "an initial memory of several weights must not begin at 0 (initial_scale), nor a gate at a hard 0 or 1",
         )
     for layer, each in check.weight.items():
-        low, high = (bound * each.first for bound in WEIGHT_RANGE)
-        if each.first > 0 and not (each.smallest >= low and each.largest <= high):
+        low, high = WEIGHT_RANGE[0] * each.first, WEIGHT_RANGE[1] * each.early
+        if not low <= each.smallest <= each.largest <= high:
             yield Problem(
                 f"|W| of {layer} went from {each.first:.3g} to between {each.smallest:.3g} and {each.largest:.3g} in "
                 f"{HORIZON:,} tokens",
