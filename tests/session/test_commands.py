@@ -196,10 +196,10 @@ def test_show_and_recall(place: Path, tiny: Make, capsys: pytest.CaptureFixture[
     assert run("recall s.miras --json") == 0
     (row,) = json.loads(capsys.readouterr().out)
     (wanted,) = session.recall()
-    assert row == vars(wanted) and row["kept"] == 20
+    assert row == {**vars(wanted), "left": wanted.left} and row["kept"] == 20
     assert run("recall s.miras") == 0
     out = capsys.readouterr().out
-    for value in (row["now"], row["after"], row["fresh"]):
+    for value in (row["now"], row["after"], row["fresh"], row["other"], row["left"]):
         assert f"{value:.4f}" in out
     assert "20 of 100" in out and "base model" not in out
 

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from miras.core.memory import Matrix
 from miras.core.retention import ElasticNet
 from miras.core.rule import Rule
+from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer
 from miras.nn.lm import LM, LMState
 from miras.session.compare import memories, outer_distance
 from miras.session.learning import Learning
 from miras.session.session import Session
+from miras.stream.run import read
 
 Make = Callable[..., LM]
 
@@ -51,7 +53,25 @@ def test_recall_is_the_loss_without_writing(tiny: Make, text: bytes, name: str):
     assert two.now == pytest.approx(by_hand(model, state, text[60:80]), abs=1e-5)
     assert two.after == pytest.approx(by_hand(model, after_two, text[60:80]), abs=1e-5)
     assert (three.kept, three.now, three.after, three.fresh) == (1, None, None, None)
+    assert three.other is None and three.left is None
     assert len({one.now, one.after, one.fresh, two.now, two.after, two.fresh}) == 6
+
+
+def test_recall_has_a_control_that_read_as_much_of_another_text(tiny: Make):
+    model, novel = tiny("titans-mag"), load_novel()
+    session = Session(model, ByteTokenizer(), keep=25)
+    session.feed(novel.train[:60], "pages that the control would begin with")
+    session.feed("Once upon a midnight dreary, ", "not of the novel")
+    one, two = session.recall()
+    state = {
+        name: read(model, np.frombuffer(getattr(novel, name)[:89], np.uint8)).state
+        for name in ("train", "heldout")
+    }
+    assert one.other == pytest.approx(by_hand(model, state["heldout"], novel.train[:25]), abs=1e-5)
+    kept = b"Once upon a midnight dreary, "[:25]
+    assert two.other == pytest.approx(by_hand(model, state["train"], kept), abs=1e-5)
+    assert two.left == pytest.approx(two.other - by_hand(model, session.now.state, kept), abs=1e-5)
+    assert Session(model, ByteTokenizer(), keep=0).recall() == []
 
 
 def test_recall_tells_memory_from_weights(session: Session, text: bytes):

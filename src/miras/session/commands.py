@@ -231,7 +231,7 @@ def recall(options: RecallOptions) -> int:
     session = _loaded(options.session, options)
     rows = session.recall()
     if options.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        print(json.dumps([{**asdict(row), "left": row.left} for row in rows], indent=2))
         return 0
     console = _console()
     if not rows:
@@ -239,16 +239,16 @@ def recall(options: RecallOptions) -> int:
         return 0
     learned = bool(session.now.delta)
     more = ("base model",) if learned else ()
-    table = Table(
-        "episode", "when", "kept of", "now", "right after", "fresh", *more, box=None, pad_edge=False
-    )
+    columns = ("episode", "when", "kept of", "now", "right after", "fresh", "another text", "left", *more)
+    table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        losses = [row.now, row.after, row.fresh, *([row.base] if learned else [])]
+        losses = [row.now, row.after, row.fresh, row.other, row.left, *([row.base] if learned else [])]
         table.add_row(row.name, row.time, f"{row.kept:,} of {row.tokens:,}", *map(_loss, losses))
     console.print(
         table,
         "nats per token on each episode's first tokens, read without writing: with the memory now, right after it "
-        "was read, and fresh",
+        "was read, fresh, and fresh but for as much of another text (pages of the embedded novel); left is another "
+        "text less now, what the memory holds of this text rather than of any English",
         sep="\n",
     )
     return 0

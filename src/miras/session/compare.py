@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.nn import Module
 
 from miras.core.observe import observe
 from miras.core.rule import State
 from miras.core.state import Record, Tree
+from miras.data.novel import load_novel
+from miras.data.tokens import Tokenizer
 from miras.nn.folder import weights
 from miras.nn.lm import LM, LMState
 from miras.nn.memory import MemoryReader
@@ -94,7 +97,9 @@ class Recalled:
     """What is left of an episode: mean losses in nats on its kept tokens, read without writing.
 
     now: with the memory as it is; after: as it was right after reading it (measured then, with the weights of then);
-    fresh: with one that never read anything; base: that and the base model's weights, where weights have learned.
+    fresh: with one that never read anything; other: the control, with one that has read as much as the session of
+    another text instead (pages of the embedded novel that the episode is not from, at most `CONTROL` tokens); base:
+    fresh and with the base model's weights, where weights have learned.
     What attention has in its window goes with the memory. None where nothing was measured.
     """
 
@@ -105,11 +110,22 @@ class Recalled:
     now: float | None
     after: float | None
     fresh: float | None
+    other: float | None
     base: float | None
 
+    @property
+    def left(self) -> float | None:
+        """What the memory is worth for this text beyond what any English text would have taught it: other - now."""
+        return None if self.other is None or self.now is None else self.other - self.now
 
-def recalled(base: LM, model: LM, moment: Moment) -> list[Recalled]:
+
+CONTROL = 8192
+"""Tokens of another text that the control reads at most."""
+
+
+def recalled(base: LM, model: LM, moment: Moment, tokenizer: Tokenizer) -> list[Recalled]:
     """What is left at a moment of each episode before it; `model` is the base model with what was learned."""
+    control = _Control(model, tokenizer, min(CONTROL, moment.tokens))
     return [
         Recalled(
             name=episode.name,
@@ -119,10 +135,33 @@ def recalled(base: LM, model: LM, moment: Moment) -> list[Recalled]:
             now=loss_of(model, episode.kept, moment.state),
             after=episode.after,
             fresh=loss_of(model, episode.kept, None),
+            other=loss_of(model, episode.kept, control.state(episode.kept)),
             base=loss_of(base, episode.kept, None) if moment.delta else None,
         )
         for episode in moment.episodes
     ]
+
+
+class _Control:
+    """The states of fresh memories that have read another text of that many tokens."""
+
+    def __init__(self, model: LM, tokenizer: Tokenizer, length: int) -> None:
+        novel = load_novel()
+        self.model, self.tokenizer, self.length = model, tokenizer, length
+        self.texts = (novel.train, novel.heldout)
+        self.states: dict[int, LMState] = {}
+
+    def state(self, kept: Ids) -> LMState | None:
+        """What has read pages that do not hold this text; None for no text."""
+        if not len(kept):
+            return None
+        begin = self.tokenizer.decode(kept[:200].astype(np.int64)).rstrip("\ufffd").encode()
+        which = 1 if begin in self.texts[0] else 0
+        if which not in self.states:
+            ids = self.tokenizer.encode(self.texts[which][: 16 * self.length])[: self.length]
+            with observe(False):
+                self.states[which] = read(self.model, ids).state
+        return self.states[which]
 
 
 def loss_of(model: LM, ids: Ids, state: LMState | None) -> float | None:

@@ -146,7 +146,7 @@ class RecallOptions(ModelOptions):
     """Show what is left of each episode that a session has read.
 
     That is the loss on its kept tokens, read without writing, with the memory as it is now, as it was right after
-    reading them, and with a fresh one.
+    reading them, with a fresh one, and with one that has read another text instead.
     """
 
     session: Positional[Path]

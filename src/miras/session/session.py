@@ -250,8 +250,8 @@ class Session:
         return "".join(spelling.push(np.array([token])) for token in made) + spelling.rest()
 
     def recall(self) -> list[Recalled]:
-        """What is left of each episode; changes nothing, and reads every kept text two times or three."""
-        return recalled(self.base, self.model, self.now)
+        """What is left of each episode; changes nothing, and reads every kept text three times or four."""
+        return recalled(self.base, self.model, self.now, self.tokenizer)
 
     def diff(self, other: "Session") -> list[Moved]:
         """How far each layer's memory has moved from here to another session's, by weight and head.
