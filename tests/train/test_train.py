@@ -17,17 +17,17 @@ import torch
 
 from miras.core.bias import Bias
 from miras.data.needle import Curriculum
-from miras.data.tokens import FileTokenizer
+from miras.data.tokens import ByteTokenizer, FileTokenizer
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.train.checkpoint import checkpoints, load_checkpoint
+from miras.train.checkpoint import checkpoints, load_checkpoint, read_meta
 from miras.train.diagnose import first_non_finite
 from miras.train.loop import NonFiniteError, Run
 from miras.train.optimizer import parameter_groups, schedule
 from miras.train.options import Settings, TrainOptions
 from miras.train.price import openness
-from miras.train.run import WINDOW, train
+from miras.train.run import WINDOW, _task, train
 from miras.train.tasks import NeedleTraining, TextTask
 from miras.zoo import attention_twin, match_size, parameters, preset
 
@@ -106,7 +106,7 @@ def test_a_state_that_would_grow_is_not_carried(tmp_path, capsys):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     code = (
         "import sys; from pathlib import Path; from miras.train.options import TrainOptions;"
-        "from miras.train.run import WINDOW, train;"
+        "from miras.train.run import WINDOW, _task, train;"
         f"sys.exit(train(TrainOptions(out=Path({str(tmp_path / 'run')!r}), steps=100000, batch_size=1,"
         f" seq_len=16, threads=1, **{SMALL!r})))"
     )
@@ -136,6 +136,39 @@ def test_a_loss_that_is_not_finite_stops_and_names_where(tmp_path, capsys):
     with pytest.raises(NonFiniteError, match=r"layers\.1.*head 0.*token 0"):
         run.advance()
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path, monkeypatch, capsys):
+    """Weights that a step's update broke: the next forward pass is not finite, so there is nothing to go on from."""
+    real = Run.advance
+
+    def overflow(self):
+        row = real(self)
+        if self.step == 8:
+            with torch.no_grad():
+                self.model.model.layers[0].mlp.up.weight[0] = torch.inf
+        return row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", overflow)
+        assert train(options(tmp_path)) == 1
+    assert "last good checkpoint is" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-0", "step-4"]
+    assert train(options(tmp_path, resume=True)) == 0
+
+
+def test_a_checkpoint_that_is_not_good_is_told(tmp_path, monkeypatch, capsys):
+    """Versions that did not look wrote such ones."""
+    assert train(options(tmp_path, steps=4)) == 0
+    newest = checkpoints(tmp_path)[-1]
+    task = _task(options(tmp_path), load_model(newest).config, ByteTokenizer())
+    run = Run.load(newest, task, Settings(steps=9))
+    with torch.no_grad():
+        run.model.model.layers[0].mlp.up.weight[0] = torch.inf
+    run.save(tmp_path, read_meta(newest)["options"], {}, keep=2)
+    assert train(options(tmp_path, resume=True)) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step-4 holds such numbers too. Move it away" in said and said.endswith("step-0.")
 
 
 def test_the_command_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):

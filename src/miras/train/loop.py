@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miras.nn.lm import LM
+from miras.nn.lm import LM, LMState
 from miras.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from miras.train.diagnose import first_bad_gradient, first_non_finite
 from miras.train.optimizer import parameter_groups, schedule, set_lr
@@ -44,7 +44,8 @@ class Run:
         predicted: Tensor | None = None
         for micro, batch in enumerate(batches):
             data = as_tensors(batch)
-            loss, opened, predicted = self._loss(data, micro)
+            loss, opened, predicted, after = self._forward(data, micro)
+            task.states[micro] = after.detach()
             objective = loss / weight
             if settings.write_price and task.asks_price():
                 objective = objective + settings.write_price * opened / task.micro_batches
@@ -72,8 +73,14 @@ class Run:
         }
         return metrics
 
-    def _loss(self, data: dict[str, Tensor], micro: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed weighted loss in nats, the gates' openness, and the predicted ids (B, T) of a micro-batch."""
+    def check(self) -> None:
+        """Raise NonFiniteError when the next step's loss is not finite: nothing good can go on from here."""
+        with torch.no_grad():
+            for micro in range(self.task.micro_batches):
+                self._forward(as_tensors(self.task.batch(self.step, micro)), micro)
+
+    def _forward(self, data: dict[str, Tensor], micro: int) -> tuple[Tensor, Tensor, Tensor, LMState]:
+        """Of a micro-batch: the summed weighted loss in nats, openness, predicted ids (B, T), the state behind it."""
         masks = {"valid": data["valid"], "reset": data["reset"]}
         state = self.task.states[micro]
         device = data["tokens"].device.type
@@ -85,10 +92,9 @@ class Run:
         if not torch.isfinite(loss):
             where = first_non_finite(self.model, data["tokens"], state, **masks)
             raise NonFiniteError(f"step {self.step}: the loss is {loss.item()}; first not finite: {where}")
-        self.task.states[micro] = after.detach()
         predicted = torch.zeros_like(data["targets"])
         predicted[at] = logits.detach().argmax(-1)
-        return loss, gates.mean(), predicted
+        return loss, gates.mean(), predicted, after
 
     def save(self, folder: Path, options: dict[str, Any], extra: dict[str, bytes], keep: int) -> Path:
         """Write a checkpoint of everything; see `miras.train.checkpoint`."""

@@ -87,14 +87,15 @@ def _train(options: TrainOptions, console: Console) -> int:
         )
 
     def save() -> Path:
+        run.check()  # so that from every checkpoint a forward pass is finite
         metrics.sync()
         return run.save(options.out, said, extra, options.keep)
 
     # A signal waits for the end of its step, and for that of the save behind it.
     with Held() as stops:
-        if run.step == 0:
-            save()
         try:
+            if run.step == 0:
+                save()
             with progress(console, options.steps, run) as show:
                 for row in run.until(options.steps):
                     metrics.add(row)
@@ -103,22 +104,18 @@ def _train(options: TrainOptions, console: Console) -> int:
                         save()
                     if stops.came:
                         break
+            path = save()
+            if run.step == options.steps:
+                save_model(run.model, options.out / "model", extra)
+            stops.over()
         except NonFiniteError as error:
-            last = checkpoints(options.out)
             console.print(f"stopped: {error}", style="bold red")
-            console.print(
-                f"The last good checkpoint is {last[-1]}; lower --lr or --clip and add --resume to go on from it."
-            )
+            console.print(_way_on(options.out, run))
             return FAILED
         except OSError as error:
             if nobody_reads(error):
                 save()
             raise
-        else:
-            path = save()
-            if run.step == options.steps:
-                save_model(run.model, options.out / "model", extra)
-            stops.over()
         finally:
             metrics.close()
     if run.step < options.steps:
@@ -129,6 +126,24 @@ def _train(options: TrainOptions, console: Console) -> int:
         return INTERRUPTED
     console.print(f"The model is {options.out / 'model'}; what each step did is in {metrics.path}.")
     return 0
+
+
+def _way_on(out: Path, run: Run) -> str:
+    """What to do after a number that is none; a checkpoint is good when a forward pass from it is finite."""
+    *older, newest = checkpoints(out) or [None]
+    try:
+        if newest is not None and read_meta(newest)["step"] == run.step:
+            run.check()
+    except NonFiniteError:  # an older version wrote it
+        if not older:
+            return f"{newest} holds such numbers too: begin anew, with a lower --lr or --clip."
+        return (
+            f"{newest} holds such numbers too. Move it away, lower --lr or --clip and add --resume, to go on from "
+            f"{older[-1]}."
+        )
+    if newest is None:
+        return "Nothing was saved: the model that it began with is not finite."
+    return f"The last good checkpoint is {newest}; lower --lr or --clip and add --resume to go on from it."
 
 
 def _resumed(options: TrainOptions) -> TrainOptions:
