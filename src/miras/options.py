@@ -56,7 +56,7 @@ class EvalOptions:
     model: Positional[Path]
     """A model folder."""
     text: tuple[str, ...] = ()
-    """Files, .xz .gz .bz2, tar archives, folders or globs, read one after the other. Without it, the last
+    """Files, .xz .gz .bz2, .zip and tar archives, folders or globs, read one after the other. Without it, the last
     chapters of the embedded novel, which training on it leaves out."""
     conditions: tuple[Condition, ...] = ("learning", "frozen", "frozen-warmed", "reset")
     """learning: memories write all along. frozen: they never do. frozen-warmed: only for the first `warm`
@@ -116,7 +116,7 @@ class StreamOptions:
     model: Positional[Path]
     """A model folder."""
     file: Positional[str]
-    """The text, plain or .xz .gz .bz2; '-' reads standard input."""
+    """The text, plain or .xz .gz .bz2, also through a pipe; '-' reads standard input."""
     load_state: Path | None = None
     """Go on from this saved state."""
     save_state: Path | None = None

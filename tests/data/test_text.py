@@ -4,12 +4,15 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
+import threading
+import zipfile
 from pathlib import Path
 
 import pytest
 
-from miras.data import Document, read_documents
+from miras.data import ByteTokenizer, Document, prepare, read_documents
 
 
 def read(*sources: str | Path) -> dict[str, bytes]:
@@ -43,6 +46,69 @@ def test_plain_and_compressed_files(tmp_path: Path):
     found = read(*(tmp_path / file for file in files))
     assert list(found) == ["plain.txt", "noend", "gz.txt", "xz.txt", "bz2.txt"]
     assert set(found.values()) == {text}
+
+
+def test_what_no_name_tells_the_first_bytes_tell(tmp_path: Path):
+    text = "Zeilen\nund Wörter\n".encode() * 100
+    for name, data in {
+        "gz": gzip.compress(text),
+        "xz": lzma.compress(text),
+        "bz2": bz2.compress(text),
+        "le": b"\xff\xfe" + text.decode().encode("utf-16-le"),
+        "be": b"\xfe\xff" + text.decode().encode("utf-16-be"),
+        "be.gz": gzip.compress(b"\xfe\xff" + text.decode().encode("utf-16-be")),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        assert list(read(tmp_path / name).values()) == [text], name
+    (tmp_path / "cut").write_bytes("text".encode("utf-16")[:-1])
+    with pytest.raises(ValueError, match="cut' is damaged"):
+        read(tmp_path / "cut")
+
+
+def test_zip_archives(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in {
+            "z.txt": b"last",
+            "a/b.txt": b"x" * 3000,
+            "a/": b"",
+            "p.png": b"\0",
+            "e": b"",
+        }.items():
+            archive.writestr(name, data)
+        archive.writestr("u.txt", "Wörter".encode("utf-16"))
+    wanted = {"a/b.txt": b"x" * 3000, "u.txt": "Wörter".encode(), "z.txt": b"last"}
+    assert read(tmp_path / "z.zip") == wanted
+    whole = (tmp_path / "z.zip").read_bytes()
+    assert read(tmp_path) == {f"z.zip/{name}": data for name, data in wanted.items()}
+    at = whole.index(b"u.txt") + 7  # in what was packed
+    for damaged in (
+        whole[: len(whole) // 2],
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+        b"no zip",
+    ):
+        (tmp_path / "z.zip").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"z\.zip' is damaged"):
+            read(tmp_path / "z.zip")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_pipes_are_read_once_and_packed_or_not(tmp_path: Path):
+    text = b"What comes through a pipe. " * 9000  # more than a pipe holds
+    (tmp_path / "plain.txt").write_bytes(text)
+    make_tar(tmp_path / "a.tar.gz", "w:gz", {"a.txt": text})
+    wanted = prepare(tmp_path / "plain.txt", ByteTokenizer(), tmp_path / "cache")
+    os.mkfifo(tmp_path / "pipe")
+
+    def through(data: bytes) -> Path:
+        threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(data,), daemon=True).start()
+        return tmp_path / "pipe"
+
+    assert list(read(through(text)).values()) == [text]
+    for data in (text, gzip.compress(text), (tmp_path / "a.tar.gz").read_bytes()):
+        found = prepare(through(data), ByteTokenizer(), tmp_path / "cache")
+        assert found.tokens_sha256 == wanted.tokens_sha256
+    with pytest.raises(ValueError, match="pipe' is empty"):
+        prepare(through(b""), ByteTokenizer(), tmp_path / "cache")
 
 
 def test_one_path_needs_no_list(tmp_path: Path):
@@ -122,7 +188,7 @@ def test_what_is_missing_is_named_at_the_call(tmp_path: Path):
 
 def test_what_is_no_text_is_named(tmp_path: Path):
     (tmp_path / "empty.txt").write_bytes(b"")
-    (tmp_path / "utf16.txt").write_bytes("text".encode("utf-16"))
+    (tmp_path / "utf16.txt").write_bytes("text".encode("utf-16-le"))  # without its mark
     make_tar(tmp_path / "binary.tar", "w", {"a": b"\0\0", "b": b""})
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/a.bin").write_bytes(b"\0")

@@ -1,23 +1,38 @@
 """Text on disk -> documents: plain files, compressed files, archives, folders and globs."""
 
 import bz2
+import codecs
+import contextlib
 import glob
 import gzip
+import io
 import lzma
 import shutil
 import tarfile
 import tempfile
+import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 Sources = Sequence[str | Path] | str | Path
 
 OPEN = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 TAR = (".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".tgz", ".txz", ".tbz2")
-READABLE = "Plain text, .gz, .xz, .bz2 and tar archives of these kinds can be read."
+ZIP = ".zip"
+READABLE = "Plain text, .gz, .xz, .bz2, .zip and tar archives of these kinds can be read."
+MAGIC = {
+    b"\x1f\x8b\x08": gzip.open,
+    b"\xfd7zXZ\0": lzma.open,
+    **{b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)},
+}
+"""How packed files begin: where no name tells, as of a pipe, the first bytes do."""
+NUL = "it has NUL bytes (UTF-16 without its byte order mark must be saved as UTF-8)"
+DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError)
+"""What reading a damaged file raises."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,8 @@ def read_documents(sources: Sources) -> Iterator[Document]:
     """Every non-empty text that `sources` name, in their order, by name within a folder, glob or archive.
 
     Memory: one document at a time. Files that are not text (a NUL byte) and empty ones are skipped in
-    folders, globs and archives, and are an error when named. What is missing raises FileNotFoundError at the
+    folders, globs and archives, and are an error when named. UTF-16 with its byte order mark becomes UTF-8. Where no
+    suffix says how a file is packed, its first bytes do. What is missing raises FileNotFoundError at the
     call, what is damaged or holds no text ValueError while reading.
     """
     return _read(find_sources(sources))
@@ -57,7 +73,7 @@ def find_sources(sources: Sources) -> list[Source]:
 
 def _find(label: str) -> Source:
     path = Path(label).expanduser()
-    if path.is_file():
+    if path.is_file() or is_pipe(path):
         return Source(label, ((path, _plain_name(path.name)),), only=True)
     if path.is_dir():
         found = _walk(path, path)
@@ -106,8 +122,11 @@ def _read(sources: list[Source]) -> Iterator[Document]:
     for source in sources:
         empty = True
         for path, name in source.files:
+            prefix = "" if source.only else f"{name}/"
             if path.name.lower().endswith(TAR):
-                documents = _read_tar(path, "" if source.only else f"{name}/")
+                documents = _read_tar(path, prefix)
+            elif path.name.lower().endswith(ZIP):
+                documents = _read_zip(path, prefix)
             else:
                 documents = _read_file(path, name, source.only)
             for document in documents:
@@ -118,20 +137,126 @@ def _read(sources: list[Source]) -> Iterator[Document]:
 
 
 def _read_file(path: Path, name: str, only: bool) -> Iterator[Document]:
-    opened = OPEN.get(path.suffix.lower())
     try:
-        if opened is None:
-            data = path.read_bytes()
-        else:
-            with opened(path, "rb") as file:
-                data = file.read()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        with open_unpacked(path) as file:
+            data = _utf8(b"".join(iter(lambda: file.read(1 << 20), b"")))
+    except DAMAGE as error:
         raise _damaged(path, error) from error
     if _is_text(data):
         yield Document(name, data)
     elif only:
-        what = "is not text: it has NUL bytes (UTF-16 must be saved as UTF-8)" if data else "is empty"
-        raise ValueError(f"{str(path)!r} {what}. {READABLE}")
+        raise ValueError(f"{str(path)!r} {f'is not text: {NUL}' if data else 'is empty'}. {READABLE}")
+
+
+def is_pipe(path: Path) -> bool:
+    """Whether a name stands for what is read once, from its beginning to its end: a FIFO, or `<(command)`."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+@contextlib.contextmanager
+def standing(sources: Sources) -> Iterator[Sources]:
+    """The sources with a file, unpacked, in place of each pipe, for who reads them more than once."""
+    named = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
+    with contextlib.ExitStack() as stack:
+        for at, label in enumerate(named):
+            if not is_pipe(Path(label).expanduser()):
+                continue
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            plain = folder / "pipe"
+            try:
+                with open_unpacked(Path(label).expanduser()) as packed, plain.open("wb") as file:
+                    shutil.copyfileobj(packed, file)
+            except DAMAGE as error:
+                raise _damaged(Path(label), error) from error
+            with plain.open("rb") as file:
+                kind = archive_kind(file.read(512))
+            if not plain.stat().st_size:
+                raise ValueError(f"{label!r} is empty. {READABLE}")
+            named[at] = str(plain.rename(folder / f"pipe{kind or ''}"))
+        yield named
+
+
+def archive_kind(head: bytes) -> str | None:
+    """The suffix of the archive whose first 512 bytes these are; None for no archive."""
+    if head.startswith(b"PK\x03\x04"):
+        return ZIP
+    return ".tar" if head[257:262] == b"ustar" else None
+
+
+class _Peeked(io.RawIOBase):
+    """An unbuffered file, of which `begins` has looked at the first bytes."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self.raw, self.head = raw, b""
+
+    def begins(self, words: Iterable[bytes]) -> bytes | None:
+        """The word that the file begins with. Waits for no more bytes than it takes to tell."""
+        words, more = list(words), b" "
+        while more and any(len(word) > len(self.head) and word.startswith(self.head) for word in words):
+            more = self.raw.read(1 << 16) or b""
+            self.head += more
+        return next((word for word in words if self.head.startswith(word)), None)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if not self.head:
+            return self.raw.readinto(buffer)
+        taken, self.head = self.head[: len(buffer)], self.head[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+def open_unpacked(file: Path | io.RawIOBase) -> IO[bytes]:
+    """The bytes of a file, unpacked as its name says, or else its first bytes; what has arrived is given out."""
+    if isinstance(file, Path):
+        if (opened := OPEN.get(file.suffix.lower())) is not None:
+            return cast(IO[bytes], opened(file, "rb"))
+        file = cast(io.RawIOBase, file.open("rb", buffering=0))
+    peeked = _Peeked(file)
+    word = peeked.begins(MAGIC)
+    return cast(IO[bytes], peeked if word is None else MAGIC[word](cast(Any, peeked), "rb"))
+
+
+def as_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """A text in blocks, as they are, or in UTF-8 where it begins with UTF-16's byte order mark."""
+    rest = iter(blocks)
+    head = next(rest, b"")
+    while head in (b"\xff", b"\xfe") and (more := next(rest, b"")):
+        head += more
+    if head[:2] not in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        yield from chain([head] if head else [], rest)
+        return
+    decoder = codecs.getincrementaldecoder("utf-16")()
+    for block in chain([head], rest):
+        if text := decoder.decode(block):
+            yield text.encode()
+    decoder.decode(b"", final=True)
+
+
+def _utf8(data: bytes) -> bytes:
+    return b"".join(as_utf8([data]))
+
+
+def _read_zip(path: Path, prefix: str) -> Iterator[Document]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in sorted(archive.infolist(), key=lambda member: member.filename):
+                data = b"" if member.is_dir() else _utf8(archive.read(member))
+                if _is_text(data):
+                    yield Document(prefix + member.filename, data)
+    except (*DAMAGE, zipfile.BadZipFile) as error:
+        raise _damaged(path, error) from error
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ) as error:  # a password, or a way of packing that Python has not
+        raise ValueError(f"{str(path)!r} cannot be unpacked here ({error}). Unpack it first.") from error
 
 
 def _read_tar(path: Path, prefix: str) -> Iterator[Document]:
@@ -146,10 +271,10 @@ def _read_tar(path: Path, prefix: str) -> Iterator[Document]:
                 _check_end(plain, archive.offset)
                 for member in sorted(members, key=lambda member: member.name):
                     file = archive.extractfile(member) if member.isreg() else None
-                    data = file.read() if file is not None else b""
+                    data = b"" if file is None else _utf8(file.read())
                     if _is_text(data):
                         yield Document(prefix + member.name, data)
-        except (OSError, EOFError, lzma.LZMAError, zlib.error, tarfile.TarError) as error:
+        except (*DAMAGE, tarfile.TarError) as error:
             raise _damaged(path, error) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from miras.data.text import Sources, find_sources, read_documents
+from miras.data.text import Sources, find_sources, read_documents, standing
 from miras.system.checksums import check_sealed, read_checked, sealed
 from miras.system.files import appearing, sweep
 
@@ -269,6 +269,11 @@ def prepare(sources: Sources, tokenizer: Tokenizer, cache_dir: str | Path) -> To
     its content has. Files appear whole or not at all; several processes may do this at once. ValueError as in
     `read_documents`, and for a cached file that is damaged.
     """
+    with standing(sources) as files:
+        return _prepared(files, tokenizer, cache_dir)
+
+
+def _prepared(sources: Sources, tokenizer: Tokenizer, cache_dir: str | Path) -> TokenFile:
     cache = Path(cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     quick = cache / f"{_quick_key(sources, tokenizer)}.source"

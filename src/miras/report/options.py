@@ -20,7 +20,7 @@ class ReportOptions:
     model: Positional[Path]
     """A model folder."""
     file: Positional[str]
-    """The text, plain or .xz .gz .bz2; '-' reads standard input."""
+    """The text, plain or .xz .gz .bz2, also through a pipe; '-' reads standard input."""
     out: Path = Path("surprise.html")
     """The page to write."""
     tokens: int = 50_000

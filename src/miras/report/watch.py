@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miras.core.observe import Observation
+from miras.data.text import NUL
 from miras.data.tokens import Tokenizer
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Spelling
@@ -110,5 +111,5 @@ def as_text(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
         )
     for block in chain([first], blocks):
         if b"\0" in block:
-            raise ValueError(f"{name} is not text: it has NUL bytes (UTF-16 must be saved as UTF-8)")
+            raise ValueError(f"{name} is not text: {NUL}")
         yield block

@@ -44,7 +44,7 @@ class FeedOptions(ModelOptions):
     session: Positional[Path]
     """A session's file."""
     file: Positional[str]
-    """The text, plain or .xz .gz .bz2; '-' reads standard input."""
+    """The text, plain or .xz .gz .bz2, also through a pipe; '-' reads standard input."""
     name: str | None = None
     """What to call the episode; the file's name without it."""
     piece: int = 2048

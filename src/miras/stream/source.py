@@ -1,17 +1,17 @@
 """What a reading begins with: a model folder with its tokenizer, and a text of any length as tokens."""
 
-import lzma
+import io
 import os
 import sys
-import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from miras.data.text import OPEN
+from miras.data.text import DAMAGE, MAGIC, OPEN, ZIP, archive_kind, as_utf8, is_pipe, open_unpacked
 from miras.data.tokens import WORD_END, ByteTokenizer, Tokenizer, load_tokenizer
 from miras.nn.folder import load_model
 from miras.nn.lm import LM
@@ -34,43 +34,52 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[LM, Token
 
 
 def text_file(name: str) -> Path:
-    """The file of a text. Raises FileNotFoundError or ValueError when it is none."""
+    """The file of a text, or a pipe. Raises FileNotFoundError or ValueError when it is neither."""
     path = Path(name).expanduser()
     if path.is_dir():
         raise ValueError(f"{name} is a folder; a stream is one file, or '-' for standard input")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"No such file: {name!r} (looked in {Path.cwd()})")
     return path
 
 
 def text_length(name: str) -> int | None:
-    """Bytes of text in a file, where that is known before its end: not of standard input and packed files."""
-    return None if name == "-" or Path(name).suffix.lower() in OPEN else text_file(name).stat().st_size
+    """Bytes of text in a file, where that is known before its end: not of pipes and packed files."""
+    if name == "-" or is_pipe(text_file(name)):
+        return None
+    path = text_file(name)
+    with path.open("rb") as file:
+        head = file.read(16)
+    packed = path.suffix.lower() in OPEN or any(map(head.startswith, MAGIC))
+    return None if packed else path.stat().st_size
 
 
 def open_text(name: str) -> IO[bytes]:
     """A text's bytes, unpacked; '-' is standard input. Raises as `text_file`."""
-    if name == "-":
-        # Unbuffered: what has arrived is read, not waited for until a block is full.
-        return cast(IO[bytes], os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0))
-    path = text_file(name)
-    opened = OPEN.get(path.suffix.lower())
-    return path.open("rb") if opened is None else cast(IO[bytes], opened(path, "rb"))
+    if name != "-":
+        return open_unpacked(text_file(name))
+    # Unbuffered: what has arrived is read, not waited for until a block is full.
+    return open_unpacked(cast(io.RawIOBase, os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)))
 
 
 def text_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """What is in a file, block by block. Raises ValueError when it is damaged or empty."""
-    empty = True
+    """What is in a file, block by block, in UTF-8. Raises ValueError when it is damaged, empty or an archive."""
+    shown = "standard input" if name == "-" else name
     try:
-        while block := file.read(BLOCK):
-            empty = False
-            yield block
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        blocks = iter(lambda: file.read(BLOCK), b"")
+        first = next(blocks, b"")
+        if not first:
+            raise ValueError(f"{shown} is empty: nothing to read")
+        if (kind := archive_kind(first)) is not None:
+            raise ValueError(
+                f"{shown} is a {kind} archive, and a stream is one text: unpack it and name a file of it, or pipe it "
+                f"in, as in `{'unzip -p' if kind == ZIP else 'tar -xOf'} ARCHIVE | miras ... -`"
+            )
+        yield from as_utf8(chain([first], blocks))
+    except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not what is in the file
-        raise ValueError(f"{name} is damaged or not what its name says ({error})") from error
-    if empty:
-        raise ValueError(f"{'standard input' if name == '-' else name} is empty: nothing to read")
+        raise ValueError(f"{shown} is damaged or not what its name says ({error})") from error
 
 
 def text_tokens(blocks: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:

@@ -40,7 +40,7 @@ class TrainOptions(Settings):
     out: Path
     """Folder for checkpoints, metrics.jsonl and the trained model."""
     text: tuple[str, ...] = ()
-    """Text to learn: files, .xz .gz .bz2, tar archives, folders or globs. Without it, the embedded novel."""
+    """Text to learn: files, .xz .gz .bz2, .zip and tar archives, folders or globs. Without it, the embedded novel."""
     needle: bool = False
     """Learn to find needles in noise instead of learning text."""
     preset: str = "titans-mag"
@@ -136,7 +136,7 @@ class CheckOptions:
     segment_size: int | None = None
     """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
     text: tuple[str, ...] = ()
-    """Text to train on: files, .xz .gz .bz2, tar archives, folders or globs. Without it, the embedded novel."""
+    """Text to train on: files, .xz .gz .bz2, .zip and tar archives, folders or globs. Without it, a novel."""
     reference: bool = True
     """Also train Gated DeltaNet of equal size on the same bytes."""
     threads: int = 0
