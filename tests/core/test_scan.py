@@ -3,11 +3,14 @@
 import pytest
 import torch
 
+import miras
 from cases import RULES, Problem, name, same, second_derivatives
 from miras.core import scan as scan_module
+from miras.core.bias import Huber
+from miras.core.memory import MLP
 from miras.core.observe import observe
 from miras.core.retention import LqNorm
-from miras.core.rule import recurrence
+from miras.core.rule import Rule, recurrence
 from miras.core.scan import scan
 
 SMALL = [rule for rule in RULES if rule.chunk_size in (3, 16)]
@@ -119,3 +122,14 @@ def test_second_outer_derivatives(rule, monkeypatch):
     monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
     problem = Problem(rule, seed=RULES.index(rule) + 7000, T=7, B=1, H=1)
     same(*(second_derivatives(problem, function) for function in (scan, recurrence)), tolerance=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's compiler has many, about itself
+@pytest.mark.parametrize("function", [scan, recurrence, miras.scan])
+def test_compiling_loses_no_gradient(function):
+    problem = Problem(Rule(MLP(depth=1), Huber(delta=0.5), chunk_size=2), seed=8000, T=5, B=1, H=1)
+    expected = problem.run(function, [slice(0, 5)])
+    torch.compiler.reset()
+    found = problem.run(torch.compile(function, backend="eager"), [slice(0, 5)])
+    same({"y": found[0]} | found[1].tensors(), {"y": expected[0]} | expected[1].tensors(), 1e-12)
+    same(problem.gradients(*found), problem.gradients(*expected))

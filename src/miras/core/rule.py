@@ -14,7 +14,7 @@ from miras.core.bias import L2, Bias
 from miras.core.memory import Matrix, Memory, Weights
 from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Retention
-from miras.core.state import Record, Tree, choose, ordinary
+from miras.core.state import Record, Tree, apart, choose, ordinary
 from miras.core.typed import Typed
 
 
@@ -383,6 +383,7 @@ def unrolled(rule: Rule, inputs: Inputs, masks: Masks) -> tuple[Rule, Inputs, Ma
     return stepwise(rule), inputs, many
 
 
+@apart
 @ordinary
 def recurrence(
     rule: Rule,

@@ -50,12 +50,13 @@ from miras.core.rule import (
     silence,
     unrolled,
 )
-from miras.core.state import Tree, choose, ordinary
+from miras.core.state import Tree, apart, choose, ordinary
 
 ACTIVATION_BYTES = 168 << 20
 """About as many bytes are kept for the backward pass; chunks before the last ones that fit are recomputed in it."""
 
 
+@apart
 @ordinary
 def scan(
     rule: Rule,

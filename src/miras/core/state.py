@@ -139,6 +139,18 @@ def ordinary(fn: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def apart(fn: Callable[P, R]) -> Callable[P, R]:
+    """Leave a function out of the graphs of `torch.compile`, which lose the gradients through inner gradients."""
+
+    @wraps(fn)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():  # disabled here: to do so on import takes seconds
+            return torch.compiler.disable(fn)(*args, **kwargs)
+        return fn(*args, **kwargs)
+
+    return wrapped
+
+
 def _transformed(values: tuple[Any, ...]) -> bool:
     """Whether torch.func transforms what runs here, or one of the values has a forward-mode derivative."""
     if torch._C._are_functorch_transforms_active():  # pyright: ignore
