@@ -131,6 +131,55 @@ def test_gradients_are_those_of_the_function():
 
 
 @every
+@pytest.mark.parametrize("tokens", [1, T])
+def test_no_rows(kind, tokens):
+    layer, x, none = build(kind), inputs(0, tokens), torch.zeros(0, tokens, dtype=torch.bool)
+    y, state = layer(x)
+    more, state = layer(x, state, valid=none, write=none, reset=none)
+    assert y.shape == more.shape == x.shape and all(len(part) == 0 for part in state.tensors().values())
+    with torch.no_grad():
+        assert layer(x, state)[0].shape == x.shape
+
+
+@every
+def test_the_meta_device_gives_shapes(kind):
+    layer, x = build(kind), inputs()
+    expected = shapes(*layer(x))
+    assert shapes(*layer.to("meta")(x.to("meta"))) == expected
+    with torch.no_grad():
+        _, state = layer(x.to("meta"))
+        assert layer(x[:, :1].to("meta"), state)[0].shape == (B, 1, HIDDEN)
+
+
+def shapes(y, state):
+    return {n: (x.shape, x.dtype) for n, x in ({"y": y} | state.tensors()).items()}
+
+
+@pytest.mark.parametrize("name", ["ttt-linear", "yaad", "gla", "deltanet"])
+def test_a_short_default_type_leaves_gates_and_initial_memories_in_fp32(name):
+    def made(kind):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(kind)
+        try:
+            torch.manual_seed(0)
+            config = preset(name, hidden_size=16, num_heads=2, num_hidden_layers=1)
+            return LM(config), LM(config)(torch.zeros(1, 3, dtype=torch.long))
+        finally:
+            torch.set_default_dtype(before)
+
+    (short, (logits, state)), (usual, _) = made(torch.bfloat16), made(torch.float32)
+    assert logits.dtype == torch.bfloat16 and state.layers[0].memory.A.popitem()[1].dtype == torch.float32
+    kept = 0
+    for (n, x), (_, y) in zip(short.named_parameters(), usual.named_parameters(), strict=True):
+        precise = any(part in n for part in (".A0.", ".gates.", ".outer."))
+        assert x.dtype == (torch.float32 if precise else torch.bfloat16), n
+        if n.endswith("bias"):  # of gates: what they say, not rounded
+            assert torch.equal(x, y), n
+        kept += precise
+    assert kept
+
+
+@every
 def test_second_derivatives_are_those_of_the_function(kind):
     # The second derivative along d, against how the first one changes along d.
     layer, x, d = build(kind), inputs(1, 9), inputs(1, 9, seed=1)

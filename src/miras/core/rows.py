@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from miras.core.state import known
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -122,7 +124,9 @@ def segments(rows: Rows, phase: Tensor, T: int, size: int) -> list[Part]:
 
     phase (B,) int64 is how much of each row's open segment is already read.
     """
-    phases = phase.tolist()
+    phases = known(phase)
+    if not phases:
+        return []
     first = phases[0]
     if T == 1 and rows.length is None and rows.reset is None:
         starts = phase == 0 if 0 in phases else None

@@ -14,7 +14,7 @@ from miras.core.bias import L2, Bias
 from miras.core.memory import Matrix, Memory, Weights
 from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Retention
-from miras.core.state import Record, Tree, apart, choose, ordinary
+from miras.core.state import Record, Tree, apart, choose, known, ordinary
 from miras.core.typed import Typed
 
 
@@ -281,7 +281,7 @@ def check(
                 f"with {why} have; begin with init_state(rule, A0)"
             )
     size = stepwise(rule).chunk_size
-    if int(state.phase.max()) >= size or (state.recent and state.recent["key"].shape[2] != size):
+    if max(known(state.phase), default=0) >= size or (state.recent and state.recent["key"].shape[2] != size):
         raise ValueError(
             f"scan: the state belongs to a rule with another chunk size than this one's {rule.chunk_size}; "
             f"chunk_size is part of the model"
@@ -414,8 +414,8 @@ def recurrence(
     steps = rule.algorithm.steps
     rule, (q, k, v, gates), masks = unrolled(rule, (q, k, v, gates), Masks(valid, write, reset))
     B, _, T, _ = q.shape
-    if T == 0:
-        return v.new_zeros(v.shape), state
+    if 0 in (B, T):
+        return v.new_zeros(v.shape)[:, :, steps - 1 :: steps], state
     everywhere = torch.ones(B, T, dtype=torch.bool, device=q.device)
     valid = everywhere if masks.valid is None else masks.valid
     writes = valid if masks.write is None else valid & masks.write

@@ -50,7 +50,7 @@ from miras.core.rule import (
     silence,
     unrolled,
 )
-from miras.core.state import Tree, apart, choose, ordinary
+from miras.core.state import Tree, apart, choose, known, ordinary
 
 ACTIVATION_BYTES = 168 << 20
 """About as many bytes are kept for the backward pass; chunks before the last ones that fit are recomputed in it."""
@@ -123,11 +123,11 @@ def chunked(
 ) -> tuple[Tensor, State]:
     """Lay the tokens out on chunks of rule.chunk_size, whatever the masks and phases, and run them."""
     T = inputs[0].shape[2]
-    if T == 0:
+    phases = known(state.phase)
+    if not phases or T == 0:
         return inputs[2].new_zeros(inputs[2].shape), state
-    phase = int(state.phase[0])
-    if T == 1 or (masks.valid is None and masks.reset is None and bool((state.phase == phase).all())):
-        return _aligned(run, rule, state, fresh, inputs, masks, fixed, phase)
+    if T == 1 or (masks.valid is None and masks.reset is None and len(set(phases)) == 1):
+        return _aligned(run, rule, state, fresh, inputs, masks, fixed, phases[0])
     return _ragged(run, rule, state, fresh, inputs, masks, fixed)
 
 
@@ -623,7 +623,7 @@ def step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
 
     head = lr.abs() if lr.dim() == 4 else lr.abs().amax((-2, -1))
     (bound,) = _Recompute.apply(factors, chunks.k, head)
-    if bool(state.phase.any()):
+    if any(known(state.phase)):
         met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
         first = bound_factors(met, state.recent[name], strength)
         bound = torch.cat([bound[:, :, :1] * first[:, :, None], bound[:, :, 1:]], 2)
@@ -680,7 +680,7 @@ def _by_chunk(c: Coefficients) -> list[Coefficients]:
 def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dict[str, Coefficients]:
     """The coefficients of every weight, all chunks at once, from gates and keys."""
     write = None if chunks.write is None else chunks.write[:, None]
-    open_chunk = rule.algorithm.step_bound > 0 and bool(state.phase.any())
+    open_chunk = rule.algorithm.step_bound > 0 and any(known(state.phase))
     shared: dict[tuple[int, ...], Coefficients] = {}
     table: dict[str, Coefficients] = {}
     for name in state.A:

@@ -107,6 +107,11 @@ def _held(record: Record) -> str:
     return f"{rows}{len(tensors)} tensors, {record.nbytes():,} bytes of {kinds or 'nothing'}"
 
 
+def known(x: Tensor) -> list[int]:
+    """The numbers of x (B,) int64 on the host; 0s on the meta device, where only shapes are asked for."""
+    return [0] * len(x) if x.is_meta else x.tolist()
+
+
 def choose(rows: Tensor, yes: T, no: T) -> T:
     """`yes` in the rows (B,) where the mask is true, `no` elsewhere, for any structure of tensors."""
     others = dict(_walk(no, ""))

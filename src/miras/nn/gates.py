@@ -126,7 +126,18 @@ ALWAYS = Gate("exp2", source="fixed")
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Where x keeps its type whatever autocast is on; nothing at all where none is."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    if x.is_meta or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+SHORT = (torch.float16, torch.bfloat16)
+
+
+def precise() -> torch.dtype:
+    """The type that the parameters of a `Precise` module are made in: torch's default one, fp32 where that is short."""
+    kind = torch.get_default_dtype()
+    return torch.float32 if kind in SHORT else kind
 
 
 class Precise(nn.Module):
@@ -135,7 +146,7 @@ class Precise(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Precise":
         def keep(x: Tensor) -> Tensor:
             y = fn(x)
-            return x.to(y.device) if y.dtype in (torch.float16, torch.bfloat16) else y
+            return x.to(y.device) if y.dtype in SHORT else y
 
         return super()._apply(keep, recurse)
 
@@ -275,15 +286,16 @@ class Gates(Precise):
         self.by_head, self.by_channel = made["head"], made["channel"]
         self.constant, self.fixed = made["constant"], made["fixed"]
         width = num_heads * sum(o.width for o in self.by_head)
-        self.proj = nn.Linear(hidden_size, width) if width else None
+        kind = precise()
+        self.proj = nn.Linear(hidden_size, width, dtype=kind) if width else None
         self.channels = nn.ModuleList(
-            ChannelGate(hidden_size, num_heads * o.width, o.gate.rank) for o in self.by_channel
+            ChannelGate(hidden_size, num_heads * o.width, o.gate.rank, kind) for o in self.by_channel
         )
-        self.constants = nn.ParameterList(torch.empty(num_heads, o.width) for o in self.constant)
+        self.constants = nn.ParameterList(torch.empty(num_heads, o.width, dtype=kind) for o in self.constant)
         for i, o in enumerate(self.fixed):
             self.register_buffer(f"fixed{i}", self._first(o).clone(), persistent=False)
         self.rated = [o for o in self.made if o.gate.link == "decay"]
-        self.log_rates = nn.ParameterList(torch.empty(num_heads) for _ in self.rated)
+        self.log_rates = nn.ParameterList(torch.empty(num_heads, dtype=kind) for _ in self.rated)
         self.alike = _alike(self.made)
         self.together = [group for group in self.alike if _kind(group[0]) == "head"]
         self.sizes = [num_heads * sum(o.width for o in group) for group in self.together]
@@ -310,9 +322,9 @@ class Gates(Precise):
 
     def _first(self, o: Output) -> Tensor:
         """The first biases of one gate, (H, width)."""
-        by_head = torch.tensor(o.gate.first(self.num_heads))
+        by_head = torch.tensor(o.gate.first(self.num_heads), dtype=precise())
         if o.gate.spread:
-            by_head = by_head + o.gate.spread * torch.rand(self.num_heads)
+            by_head = by_head + o.gate.spread * torch.rand(self.num_heads, dtype=precise())
         return by_head[:, None].expand(self.num_heads, o.width)
 
     def _inputs(self, x: Tensor) -> dict[str, Tensor]:
@@ -365,10 +377,10 @@ class Gates(Precise):
 class ChannelGate(nn.Module):
     """x W + b of a channel-wise gate, (..., hidden) to (..., width): through `rank` numbers, or none for 0."""
 
-    def __init__(self, hidden_size: int, width: int, rank: int) -> None:
+    def __init__(self, hidden_size: int, width: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.down = nn.Linear(hidden_size, rank, bias=False) if rank else None
-        self.up = nn.Linear(rank or hidden_size, width)
+        self.down = nn.Linear(hidden_size, rank, bias=False, dtype=dtype) if rank else None
+        self.up = nn.Linear(rank or hidden_size, width, dtype=dtype)
 
     def reset_parameters(self, std: float) -> None:
         """Entries of x W as those of one matrix with deviation `std`."""

@@ -15,9 +15,9 @@ from miras.core.memory import MLP, Matrix, Memory
 from miras.core.retention import Decay, FDivergence, LqNorm, Retention, Simplex
 from miras.core.rows import Rows
 from miras.core.rule import Rule, State, anchor_weights, base_of, formed, init_state, weights
-from miras.core.state import Record, Tree
+from miras.core.state import Record, Tree, known
 from miras.core.typed import Typed
-from miras.nn.gates import Gate, Gates, Precise, unread, without_autocast
+from miras.nn.gates import Gate, Gates, Precise, precise, unread, without_autocast
 from miras.nn.mixer import Mixer, Projection, heads, merge
 from miras.nn.norm import RMSNorm, unit
 from miras.ops import compiles, decode, scan
@@ -123,7 +123,7 @@ class InitialMemory(Precise):
         super().__init__()
         self.scale = scale
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(num_heads, *shape)))
+            self.register_parameter(name, nn.Parameter(torch.empty(num_heads, *shape, dtype=precise())))
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name} {tuple(a.shape)}" for name, a in self.named_parameters())
@@ -157,7 +157,8 @@ class OuterParameters(Precise):
         made = memory.outer(d_key, d_value)
         self.names = tuple(made)
         for name, (width, value) in made.items():
-            self.register_parameter(name, nn.Parameter(torch.full((num_heads, width), value)))
+            first = torch.full((num_heads, width), value, dtype=precise())
+            self.register_parameter(name, nn.Parameter(first))
 
     def forward(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in self.names}
@@ -232,7 +233,7 @@ class MemoryReader(Mixer):
 
     def inside(self, state: MemoryState) -> bool:
         size = self.rule.chunk_size
-        return compiles(self.rule) and (size == 1 or max(state.memory.phase.tolist()) + 1 < size)
+        return compiles(self.rule) and (size == 1 or max(known(state.memory.phase), default=0) + 1 < size)
 
     def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
         parts, tails, precise = {}, {}, self.gates.dtype()

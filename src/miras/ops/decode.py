@@ -32,7 +32,7 @@ from miras.core.rule import (
     per_head,
     weights,
 )
-from miras.core.state import Tree, choose, ordinary
+from miras.core.state import Tree, choose, known, ordinary
 
 Backward = Callable[[Tensor], tuple[Tree, Tree]]
 """From d loss / d output (N, 1, Dv) to x (N, 1, d_in) and d (N, 1, d_out) of every weight."""
@@ -106,7 +106,7 @@ def decode(
     back = lambda tree: {n: x.view(state.A[n].shape) for n, x in tree.items()}  # noqa: E731
     ends = [rule.chunk_size == 1]
     if rule.chunk_size > 1 and not inside:
-        ends = [phase + 1 == rule.chunk_size for phase in state.phase.tolist()]
+        ends = [phase + 1 == rule.chunk_size for phase in known(state.phase)]
     after = State(
         A=back(A),
         S=back(S),
