@@ -161,7 +161,7 @@ BOUND = Rule(Matrix(), retention=Decay(), algorithm=GradientDescent(step_bound=1
         (
             Rule(Matrix(), retention=Simplex("output")),
             {"forget": Gate(channels="output")},
-            "gate forget has channels='output', along which Simplex(axis='output', scale=None) normalises",
+            "gate forget has channels='output', along which Simplex(axis='output', scale=None, towards='zero')",
         ),
         (
             Rule(MLP(expansion=2, residual=False), retention=Simplex("all")),

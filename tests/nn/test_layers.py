@@ -356,6 +356,29 @@ def test_a_model_refuses_what_does_not_fit():
         ValueError, "LM: the state has 3 rows and 2 layers, the tokens 2 rows and the model 2 layers"
     ):
         model(torch.zeros(2, 3, dtype=torch.long), model.initial(3))
+    tokens = torch.tensor([[1, 255, 256], [0, -1, 2]])
+    with refused(ValueError, "LM: token id 256 is outside the model's vocabulary, 0 to 255"):
+        model(tokens)
+    with refused(ValueError, "LM: token id -1 is outside the model's vocabulary, 0 to 255"):
+        model(tokens[1:])
+    model(tokens, valid=(tokens >= 0) & (tokens < 256))  # padding may be anything
+
+
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (MemoryLayer, {}),
+        (AttentionLayer, {}),
+        (MemoryAsGate, {"rule": RULE}),
+        (MemoryAsLayer, {"rule": RULE}),
+        (MemoryAsContext, {"rule": RULE, "segment_size": 8}),
+    ],
+)
+def test_heads_share_a_width_evenly_or_are_given_one(layer, options):
+    with pytest.raises(ValueError, match="hidden_size 100 is not a multiple of num_heads 3; change one of"):
+        layer(100, 3, **options)
+    y, _ = layer(10, 3, head_dim=4, **options)(torch.randn(1, 2, 10))
+    assert y.shape == (1, 2, 10)
 
 
 SEEN = {"loss", "momentary", "accumulated", "weight"}

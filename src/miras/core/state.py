@@ -150,7 +150,8 @@ def apart(fn: Callable[P, R]) -> Callable[P, R]:
     @wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():  # disabled here: to do so on import takes seconds
-            return torch.compiler.disable(fn)(*args, **kwargs)
+            disabled: Any = torch.compiler.disable(fn)
+            return disabled(*args, **kwargs)
         return fn(*args, **kwargs)
 
     return wrapped

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from miras.core.attention import Window, attention, init_window
 from miras.core.rows import Rows
-from miras.nn.mixer import Mixer, heads, merge
+from miras.nn.mixer import Mixer, head_width, heads, merge
 
 
 class AttentionReader(Mixer):
@@ -92,7 +92,7 @@ class AttentionLayer(Mixer):
         rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        head_dim = head_width(self, hidden_size, num_heads, head_dim)
         self.reader = AttentionReader(
             hidden_size, num_heads, head_dim, window_size, num_persistent, rope_theta
         )

@@ -135,7 +135,7 @@ SHORT = (torch.float16, torch.bfloat16)
 
 
 def precise() -> torch.dtype:
-    """The type that the parameters of a `Precise` module are made in: torch's default one, fp32 where that is short."""
+    """The type in which parameters of a `Precise` module are made: torch's default, or fp32 where that is short."""
     kind = torch.get_default_dtype()
     return torch.float32 if kind in SHORT else kind
 

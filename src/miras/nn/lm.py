@@ -136,7 +136,8 @@ class Reader(nn.Module):
     ) -> tuple[Tensor, LMState]:
         """tokens (B, T) int64, or their embeddings (B, T, hidden) -> normed hidden states (B, T, hidden), state.
 
-        Raises ValueError for other tokens, and for a state of other rows or layers.
+        Raises ValueError for other tokens, for ids outside the vocabulary (on a CPU, where the padding's do not
+        matter), and for a state of other rows or layers.
         """
         state = self.check(tokens, state)
         return self._through(tokens, state, pack((tokens.shape[0], tokens.shape[1]), valid, write, reset))
@@ -166,13 +167,24 @@ class Reader(nn.Module):
     def _through(self, tokens: Tensor, state: LMState, rows: Rows) -> tuple[Tensor, LMState]:
         embedded = tokens.dim() == 3
         x = rows.gather(tokens)
-        x = x if embedded else self.embed_tokens(x)
+        x = x if embedded else self._embedded(x)
         layers: list[Any] = []
         for block, part in zip(self.layers, state.layers, strict=True):
             x, part = block(x, part, rows)
             layers.append(part)
         moved = x.shape[1] if rows.length is None else rows.length
         return rows.scatter(self.norm(x)), LMState(tuple(layers), state.tokens + moved)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        try:  # on a CPU the embedding looks anyway
+            return self.embed_tokens(ids)
+        except IndexError as error:
+            size = self.embed_tokens.num_embeddings
+            wrong = ids[(ids < 0) | (ids >= size)]
+            raise ValueError(
+                f"LM: token id {int(wrong[0])} is outside the model's vocabulary, 0 to {size - 1}; were these tokens "
+                f"made with the model's own tokenizer?"
+            ) from error
 
 
 class Stack(Reader):

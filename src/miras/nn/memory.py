@@ -18,7 +18,7 @@ from miras.core.rule import Rule, State, anchor_weights, base_of, formed, init_s
 from miras.core.state import Record, Tree, known
 from miras.core.typed import Typed
 from miras.nn.gates import Gate, Gates, Precise, precise, unread, without_autocast
-from miras.nn.mixer import Mixer, Projection, heads, merge
+from miras.nn.mixer import Mixer, Projection, head_width, heads, merge
 from miras.nn.norm import RMSNorm, unit
 from miras.ops import compiles, decode, scan
 
@@ -356,7 +356,7 @@ class MemoryLayer(Mixer):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        head_dim = head_width(self, hidden_size, num_heads, head_dim)
         value_dim = head_dim if value_dim is None else value_dim
         self.reader = MemoryReader(
             hidden_size,

@@ -90,6 +90,16 @@ class Projection(nn.Module):
         return self.activation(y), tail
 
 
+def head_width(layer: nn.Module, hidden_size: int, num_heads: int, head_dim: int | None) -> int:
+    """head_dim, or an equal share of hidden_size for each head. Raises ValueError where there is none."""
+    if head_dim is None and hidden_size % num_heads:
+        raise ValueError(
+            f"{type(layer).__name__}: hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; change "
+            f"one of them or give head_dim"
+        )
+    return hidden_size // num_heads if head_dim is None else head_dim
+
+
 def heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)."""
     B, T, width = x.shape

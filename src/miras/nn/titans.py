@@ -15,7 +15,7 @@ from miras.core.state import Record, Tree, choose
 from miras.nn.attention import AttentionLayer, AttentionReader
 from miras.nn.config import segment_refusal
 from miras.nn.memory import MemoryLayer, MemoryOptions, MemoryReader, MemoryState
-from miras.nn.mixer import Mixer
+from miras.nn.mixer import Mixer, head_width
 from miras.nn.norm import RMSNorm
 
 
@@ -49,7 +49,7 @@ class MemoryAsGate(Mixer):
         **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        head_dim = head_width(self, hidden_size, num_heads, head_dim)
         width = num_heads * head_dim
         self.attention = AttentionReader(
             hidden_size, num_heads, head_dim, window_size, num_persistent, rope_theta
@@ -180,7 +180,7 @@ class MemoryAsContext(Mixer):
         super().__init__()
         if reason := segment_refusal(segment_size, rule.chunk_size, pool):
             raise ValueError(f"MemoryAsContext: {reason}")
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        head_dim = head_width(self, hidden_size, num_heads, head_dim)
         width = num_heads * head_dim
         self.segment_size, self.pool = segment_size, pool
         self.attention = AttentionReader(
