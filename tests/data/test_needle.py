@@ -146,7 +146,7 @@ def test_generated_answers():
 
 @pytest.mark.parametrize("filler", [*FILLERS, mixture()], ids=str)
 @given(
-    length=st.integers(1000, 1500),
+    length=st.integers(1500, 1900),
     needles=st.integers(1, 5),
     questions=st.integers(1, 4),
     seed=st.integers(0, 99),
@@ -156,14 +156,20 @@ def test_several_needles_and_questions(
     filler: str | Filler, length: int, needles: int, questions: int, seed: int
 ):
     task = NeedleTask(
-        length, filler=filler, needles=needles, questions=questions, keys=KINDS, values=KINDS[1:]
+        length,
+        filler=filler,
+        needles=needles,
+        questions=questions,
+        keys=KINDS,
+        values=KINDS[1:],
     )
     sample = task.sample(seed, 1)
     text = sample.text
     assert len(text) == length and len(sample.needles) == needles and len(sample.answers) == questions
     assert len({n.key for n in sample.needles}) == needles
+    questions_begin = text.index(b"What is the special magic")
     for needle in sample.needles:
-        assert text.count(needle.sentence) == 1
+        assert text[:questions_begin].count(needle.sentence) == 1
     for answer in sample.answers:
         asked = [n for n in sample.needles if text[: answer.start].endswith(n.question)]
         assert len(asked) == 1 and text[answer].decode() == asked[0].value
@@ -203,6 +209,12 @@ def test_the_depth_is_that_of_the_needle_that_is_asked_for():
         (asked,) = [n for n in sample.needles if n.key == sample.key]
         assert abs(sample.depth - 0.25) < 0.02
         assert abs(sample.text.index(asked.sentence) / 8000 - 0.25) < 0.04
+
+
+def test_no_needle_is_asked_for_twice_while_others_are_not():
+    for index in range(20):
+        sample = NeedleTask(1000, needles=4, questions=4).sample(0, index)
+        assert len({sample.text[answer] for answer in sample.answers}) == 4
 
 
 def test_a_needle_asked_for_is_any_of_them():

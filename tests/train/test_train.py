@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from miras.core.bias import Bias
-from miras.data.needle import Curriculum
+from miras.data.needle import Curriculum, NeedleTask
 from miras.data.tokens import ByteTokenizer, FileTokenizer
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.train.checkpoint import checkpoints, load_checkpoint, read_meta
 from miras.train.diagnose import first_non_finite
-from miras.train.loop import NonFiniteError, Run
+from miras.train.loop import NonFiniteError, Run, _needed
 from miras.train.optimizer import parameter_groups, schedule
 from miras.train.options import Settings, TrainOptions
 from miras.train.price import openness
 from miras.train.run import WINDOW, _task, train
-from miras.train.tasks import NeedleTraining, TextTask
+from miras.train.tasks import NeedleTraining, TextTask, as_tensors
 from miras.zoo import attention_twin, match_size, parameters, preset
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "window_size": 8, "num_persistent": 2}
@@ -394,6 +394,21 @@ def test_needles_get_longer_with_success_and_are_paid_for():
     assert again.curriculum == task.curriculum and again.priced
     with pytest.raises(ValueError, match="trained on 'needle'"):
         TextTask(np.arange(100), batch_size=1, seq_len=16, align=4, seed=0).restore(task.to_dict())
+
+
+def test_masks_that_say_nothing_are_left_out_and_change_nothing():
+    torch.manual_seed(0)
+    model = LM(preset("swa-lmm", vocab_size=256, **SMALL)).double()
+    batch = as_tensors(NeedleTask(100).batch(0, 0, 2))
+    assert _needed(batch, True) == {}
+    assert set(_needed(batch, False)) == {"reset"}, "a carried state is forgotten there"
+    later, short = batch["reset"].clone(), batch["valid"].clone()
+    later[1, 40] = True
+    short[0, 90:] = False
+    assert set(_needed(batch | {"reset": later}, True)) == {"reset"}
+    assert set(_needed(batch | {"valid": short}, True)) == {"valid"}
+    with_masks = model.hidden(batch["tokens"], None, valid=batch["valid"], reset=batch["reset"])[0]
+    torch.testing.assert_close(with_masks, model.hidden(batch["tokens"], None)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_a_crowd_of_needles_grows_with_the_context():

@@ -134,8 +134,9 @@ class NeedleTask:
         """Haystack number `index` of `seed`; keys and values are the same at every length."""
         rng = np.random.default_rng([seed, index])
         needles = self._needles(rng)
-        asked = int(rng.integers(self.needles)) if self.needles > 1 else 0
-        others = rng.integers(self.needles, size=self.questions - 1).tolist()
+        # No needle is asked for twice while others are not: its answer is there to be copied.
+        order = rng.permutation(self.needles).tolist() if self.needles > 1 else [0]
+        asked, *others = (order[i % self.needles] for i in range(self.questions))
         last = b" " + needles[asked].question
         fixed = sum(len(n.sentence) for n in needles) + len(last) + len(needles[asked].value)
         fixed += sum(len(needles[n].question) + len(needles[n].value) + 2 for n in others)

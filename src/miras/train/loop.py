@@ -81,8 +81,8 @@ class Run:
 
     def _forward(self, data: dict[str, Tensor], micro: int) -> tuple[Tensor, Tensor, Tensor, LMState]:
         """Of a micro-batch: the summed weighted loss in nats, openness, predicted ids (B, T), the state behind it."""
-        masks = {"valid": data["valid"], "reset": data["reset"]}
         state = self.task.states[micro]
+        masks = _needed(data, state is None)
         device = data["tokens"].device.type
         with openness(self.model) as gates, torch.autocast(device, torch.bfloat16, self.settings.bf16):
             x, after = self.model.hidden(data["tokens"], state, **masks)
@@ -115,3 +115,13 @@ class Run:
         """The metrics of each step up to `steps`."""
         while self.step < steps:
             yield self.advance()
+
+
+def _needed(data: dict[str, Tensor], fresh: bool) -> dict[str, Tensor]:
+    """The masks that say anything: without one, the model need not look at single tokens.
+
+    A `fresh` state has nothing that a reset of the first token could forget.
+    """
+    valid, reset = data["valid"], data["reset"]
+    masks = {} if bool(valid.all()) else {"valid": valid}
+    return masks | ({"reset": reset} if bool(reset[:, int(fresh) :].any()) else {})
