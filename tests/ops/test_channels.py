@@ -10,10 +10,10 @@ from miras.core import scan as scan_module
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Huber
 from miras.core.memory import MLP, Matrix
-from miras.core.retention import Decay, Keep
+from miras.core.retention import Decay, ElasticNet, Keep, LqNorm, Sigmoid, Simplex
 from miras.core.rule import Rule, recurrence
 from miras.core.scan import scan as plain
-from miras.ops import scan
+from miras.ops import formed, scan
 from miras.ops.channels import fits
 
 RULES = tuple(
@@ -28,7 +28,23 @@ RULES = tuple(
         (Keep(), GradientDescent(), 4),
     )
 )
-SIDES = tuple(itertools.product(("head", "input", "output"), repeat=2))[1:]
+MAPPED = tuple(
+    Rule(memory, L2(), retention, GradientDescent(step_bound=bound), size)
+    for memory, retention, bound, size in (
+        (MLP(2, 2), LqNorm(4.0, towards="initial"), 1.0, 7),
+        (Matrix(), LqNorm(4.0), 0.0, 5),
+        (MLP(2, 2), LqNorm(3.0), 0.0, 5),
+        (MLP(2, 1), LqNorm(4.0, literal=True, towards="initial"), 0.0, 4),
+        (MLP(2, 2), Simplex(towards="initial"), 1.0, 7),
+        (MLP(2, 2), Simplex(scale=2.0), 0.0, 5),
+        (MLP(2, 1), Simplex("output"), 0.0, 4),
+        (MLP(2, 1), Simplex("all", towards="initial"), 0.0, 3),
+        (MLP(2, 1), Sigmoid(), 0.0, 3),
+        (Matrix(), ElasticNet(0.05), 0.0, 1),
+    )
+)
+"""Rules whose weights are a map of the accumulator: those are formed, whatever the gates."""
+SIDES = tuple(itertools.product(("head", "input", "output"), repeat=2))
 """By which channels lr and forget differ."""
 
 
@@ -55,23 +71,36 @@ def check(problem: Problem) -> None:
     same(problem.gradients(fast_y, fast_state), problem.gradients(y, state))
 
 
+def allowed(rule: Rule, lr: str, forget: str) -> bool:
+    if rule.retention.direct:
+        return (lr, forget) != ("head", "head") and (bool(rule.retention.gates) or forget == "head")
+    return rule.retention.along not in (forget, "all") or forget == "head"
+
+
 def cases(rules: tuple[Rule, ...]) -> list:
     """Every rule with every pair of sides that makes a difference to it."""
     return [
         pytest.param(rule, lr, forget, id=f"{name(rule)}-{lr}-{forget}")
         for rule, (lr, forget) in itertools.product(rules, SIDES)
-        if rule.retention.gates or (lr != "head" and forget == "head")
+        if allowed(rule, lr, forget)
     ]
 
 
-@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES))
+@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES)[::3])
 def test_it_is_the_recurrence(rule, lr, forget):
     check(problem_of(rule, RULES.index(rule), lr, forget, T=19))
 
 
-@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[:3]))
+@pytest.mark.parametrize(("rule", "lr", "forget"), cases(MAPPED)[::3])
+@pytest.mark.parametrize("tile", [1, 20_000])
+def test_a_map_is_the_recurrence(rule, lr, forget, tile, monkeypatch):
+    monkeypatch.setattr(formed, "TILE_BYTES", tile)
+    check(problem_of(rule, MAPPED.index(rule) + 300, lr, forget, T=19))
+
+
+@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[:3] + MAPPED[4:5])[::3])
 def test_gates_at_exactly_0_and_1(rule, lr, forget):
-    problem = problem_of(rule, RULES.index(rule) + 100, lr, forget, T=19)
+    problem = problem_of(rule, (RULES + MAPPED).index(rule) + 100, lr, forget, T=19)
     for gate in problem.gates.values():
         with torch.no_grad():
             draw = torch.rand(gate.shape, generator=torch.Generator().manual_seed(gate.numel()))
@@ -80,10 +109,10 @@ def test_gates_at_exactly_0_and_1(rule, lr, forget):
     check(problem)
 
 
-@pytest.mark.parametrize("rule", RULES[::2], ids=name)
+@pytest.mark.parametrize("rule", RULES[::2] + MAPPED[::4], ids=name)
 def test_groups_that_are_recomputed_and_nothing_recorded(rule, monkeypatch):
     problem = problem_of(
-        rule, RULES.index(rule) + 200, "output", "output" if rule.retention.gates else "head", T=37
+        rule, (RULES + MAPPED).index(rule) + 200, "output", "output" if rule.retention.gates else "head", T=37
     )
     monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
     check(problem)
@@ -93,9 +122,9 @@ def test_groups_that_are_recomputed_and_nothing_recorded(rule, monkeypatch):
     same({"y": y2} | state2.tensors(), {"y": y} | state.tensors())
 
 
-@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[7:10])[::3])
+@pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[7:10])[::3] + cases(MAPPED[:5:2])[::4])
 def test_second_outer_derivatives(rule, lr, forget):
-    problem = problem_of(rule, RULES.index(rule), lr, forget, T=7, B=1, H=1)
+    problem = problem_of(rule, (RULES + MAPPED).index(rule), lr, forget, T=7, B=1, H=1)
     same(*(second_derivatives(problem, function) for function in (scan, plain)), tolerance=1e-7)
 
 

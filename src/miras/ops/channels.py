@@ -1,4 +1,4 @@
-"""Gates by channel, and maps between accumulator and weights: chunk by chunk first, then all reads at once.
+"""Gates by channel, and maps from accumulator to weights: chunk by chunk first, then all reads at once.
 
 Without momentum A_t = keep_t A_{t-1} + s_t x_t d_t^T, s = -lr, and a factor that differs by row or column of a weight
 goes into x or into d. So a memory goes from chunk to chunk as a weighted sum of its n gradients,
@@ -34,14 +34,15 @@ from miras.core.scan import (
     step_sizes,
 )
 from miras.core.state import Tree, choose
+from miras.ops import formed, mlp
 from miras.ops.exact import met_by_key_channel
 
 
 def fits(rule: Rule, gates: Tree) -> bool:
     """Whether a rule with these gates has this form, and not the simpler dual one."""
-    plain = rule.retention.linear and rule.retention.direct and rule.algorithm.direct
+    linear = rule.retention.linear and rule.algorithm.direct
     matrices = not (rule.memory.elementwise or rule.algorithm.momentum)
-    return plain and matrices and not has_dual_form(rule, gates) and observing() is None
+    return linear and matrices and not has_dual_form(rule, gates) and observing() is None
 
 
 class Sides(NamedTuple):
@@ -99,9 +100,11 @@ def run(
             state = choose(start, fresh, state)
         kept = {n: g.before[:, j] for n, g in gated.items()}
         gates = {n: g[j] for n, g in of_bias.items()}
-        x, d, _ = gradient_factors(
-            rule, state, k[j], v[j], gates, fixed, kept if rule.retention.decayed else None
-        )
+        if mlp.has_factors(rule):
+            x, d, _ = mlp.factors(rule, state, k[j], v[j], gates, fixed, {})
+        else:
+            decayed = kept if rule.retention.decayed else None
+            x, d, _ = gradient_factors(rule, state, k[j], v[j], gates, fixed, decayed)
         A: Tree = {}
         for n, g in gated.items():
             a = state.A[n].flatten(0, 1)
@@ -123,6 +126,8 @@ def run(
         keys = _scaled(torch.stack(xs[name], 1), g.step.x)
         written = _scaled(torch.stack(ds[name], 1), g.step.d)
         A = torch.stack(starts[name], 1)
+        if not rule.retention.direct:
+            return formed.read(rule.retention, x, keys, written, g.keep, A, fixed.base.get(name))
         before = Sides.of(g.before)
         y = _scaled(_scaled(x, before.x) @ A, before.d) + _met(x, keys, written, Sides.of(g.keep))
         return y + x @ fixed.base[name][:, None] if fixed.base else y

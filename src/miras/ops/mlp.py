@@ -30,17 +30,22 @@ from miras.core.bias import L2
 from miras.core.dual import recorded
 from miras.core.memory import MLP
 from miras.core.observe import observing
-from miras.core.rule import Rule, State
+from miras.core.rule import Rule, State, anchor_weights
 from miras.core.scan import Coefficients, Fixed, has_dual_form
 from miras.core.state import Tree
 
 
 def fits(rule: Rule, gates: Tree) -> bool:
     """Whether a rule with these gates has this form."""
+    direct = rule.retention.linear and has_dual_form(rule, gates)
+    return direct and has_factors(rule) and observing() is None  # an observer wants the inner loss too
+
+
+def has_factors(rule: Rule) -> bool:
+    """Whether a rule's gradients are written out here, whatever becomes of them."""
     memory = rule.memory
     plain = type(memory) is MLP and not (memory.bias or memory.affine) and type(rule.bias) is L2
-    direct = not rule.retention.decayed and rule.retention.linear and has_dual_form(rule, gates)
-    return plain and direct and observing() is None  # an observer wants the inner loss too
+    return plain and not rule.retention.decayed
 
 
 def factors(
@@ -56,9 +61,8 @@ def factors(
     memory = rule.memory
     assert isinstance(memory, MLP)
     names = [f"w{i}" for i in range(1, memory.depth + 1)]
-    weights = [state.anchor[n].flatten(0, 1) for n in names]
-    if fixed.base:
-        weights = [w + fixed.base[n] for n, w in zip(names, weights, strict=True)]
+    anchor = {n: state.anchor[n].flatten(0, 1) for n in names}
+    weights = list(anchor_weights(rule, anchor, fixed.base).values())
     if rule.algorithm.first_order:
         weights = [w.detach() for w in weights]
     inputs = (k, v, *weights)
