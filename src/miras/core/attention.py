@@ -114,7 +114,7 @@ def attention(
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
     else:
         scores = _banded if size is not None and T > size else _dense
-        y = scores(q, keys, values, position, start, places, size, free)
+        y = scores(q, keys, values, position, start, places, size, free, documents=reset is not None)
 
     moved = torch.full_like(window.next, T) if length is None else length
     full = m * (size or 0)
@@ -133,6 +133,9 @@ def attention(
         k, v, kept = keys.gather(2, wide), values.gather(2, wide), places.gather(1, index)
     newest = start.gather(1, (moved - 1).clamp_min(0)[:, None])[:, 0]
     start = torch.where(moved > 0, newest, window.start)
+    if reset is not None:  # what an earlier document left is never seen again, whatever it is
+        gone = (kept < start[:, None])[:, None, :, None]
+        k, v = k.masked_fill(gone, 0), v.masked_fill(gone, 0)
     return y, Window(k, v, kept, window.next + moved, start)
 
 
@@ -172,6 +175,14 @@ def _hidden(position: Tensor, start: Tensor, places: Tensor, size: int | None) -
     return hidden if size is None else hidden | (place <= here - size)
 
 
+def _apart(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, free: tuple[Tensor, Tensor] | None) -> Tensor:
+    """`_softmax_read` of several documents: numbers that are none stay in theirs, which weight 0 would not see to."""
+    broken = ~(k.isfinite() & v.isfinite()).all(-1)  # (..., H, L)
+    k, v = (x.masked_fill(broken[..., None], 0) for x in (k, v))
+    meets = (~hidden & broken.any(-2)[..., None, :]).any(-1)[..., None, :, None]
+    return _softmax_read(q, k, v, hidden, free).masked_fill(meets, torch.nan)
+
+
 def _softmax_read(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, free: tuple[Tensor, Tensor] | None
 ) -> Tensor:
@@ -198,8 +209,10 @@ def _dense(
     places: Tensor,
     size: int | None,
     free: tuple[Tensor, Tensor] | None,
+    documents: bool,
 ) -> Tensor:
-    return _softmax_read(q, k, v, _hidden(position, start, places, size), free)
+    read = _apart if documents else _softmax_read
+    return read(q, k, v, _hidden(position, start, places, size), free)
 
 
 def _banded(
@@ -211,6 +224,7 @@ def _banded(
     places: Tensor,
     size: int | None,
     free: tuple[Tensor, Tensor] | None,
+    documents: bool,
 ) -> Tensor:
     """Blocks of `size` queries, each against its own and the previous block of keys: linear in T."""
     assert size is not None
@@ -227,5 +241,6 @@ def _banded(
     if free is not None:
         score = F.pad(free[0], (0, 0, 0, pad)).unflatten(2, (blocks, size)).transpose(1, 2)
         free = (score, free[1])
-    y = _softmax_read(q, k, v, _hidden(position, start, places, size), free)
+    read = _apart if documents else _softmax_read
+    y = read(q, k, v, _hidden(position, start, places, size), free)
     return y.transpose(1, 2).flatten(2, 3)[:, :, :T]

@@ -40,7 +40,8 @@ def conv(
         y = x * weight[:, -1]
         for back in range(1, K):
             before = torch.cat([document.new_zeros(B, back), document], 1)[:, :T]
-            tap = stream[:, K - 1 - back : K - 1 - back + T] * (before == document)[..., None]
+            # Not times 0: what is not a number in another document would go on.
+            tap = stream[:, K - 1 - back : K - 1 - back + T].masked_fill((before != document)[..., None], 0)
             y = y + tap * weight[:, K - 1 - back]
     if length is None and reset is None:
         # A view would keep the whole stream.
@@ -51,7 +52,7 @@ def conv(
     if document is not None:
         known = torch.cat([document.new_zeros(B, K - 1), document], 1)
         newest = known.gather(1, (length + K - 2).clamp_min(0)[:, None])
-        tail = tail * (known.gather(1, last) == newest)[..., None]
+        tail = tail.masked_fill((known.gather(1, last) != newest)[..., None], 0)
     return y, tail
 
 

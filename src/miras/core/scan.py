@@ -217,6 +217,9 @@ def _ragged(
     everywhere = torch.ones(B, T, dtype=torch.bool, device=q.device)
     valid = everywhere if masks.valid is None else masks.valid
     reset = ~everywhere if masks.reset is None else masks.reset & valid
+    if masks.reset is not None and fresh is not None:
+        # A row that begins anew has no rest of a chunk before it, whose numbers would reach the gradients.
+        state = choose((reset & (valid.cumsum(1) == 1)).any(1), fresh, state)
     place = grid(state.phase, valid, reset, C)
     N = max(1, -(-(int(place.max()) + 1) // C))
     source = torch.full((B, N * C + 1), T, dtype=torch.long, device=q.device)
