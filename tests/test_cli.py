@@ -605,3 +605,16 @@ def test_what_is_there_is_replaced_only_by_its_like(place: Path, capsys: pytest.
     for _ in range(2):
         assert run("eval model --text text.txt --json curves.json --conditions learning") == 0
     assert not [path for path in place.iterdir() if path.name.startswith(".")]
+
+
+def test_a_yaml_of_aliases_is_refused(place: Path, capsys: pytest.CaptureFixture[str]):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]
+    (place / "bomb.yaml").write_text("\n".join(lines))
+    assert "bomb.yaml has a YAML alias" in refused("train --config bomb.yaml --out r", capsys)
+
+
+@pytest.mark.parametrize("data", ["--text text.txt", "--needle"])
+def test_a_step_that_no_memory_holds_is_refused(place: Path, capsys: pytest.CaptureFixture[str], data: str):
+    said = refused(f"train --out r {data} --seq-len 100000000 --batch-size 8", capsys)
+    assert "a step needs at least" in said and "take fewer tokens at once" in said

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from miras.system.signals import Held
+from miras.system.terminal import printable
 
 T = TypeVar("T")
 
@@ -196,7 +197,7 @@ _NO_ROOM = ("allocate memory", "out of memory", "Storage size calculation overfl
 def _say(text: str) -> None:
     """Print a line on standard error, if anybody is left to read it."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+        print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -277,7 +278,11 @@ def _defaults(options: type[T], path: Path) -> T:
     if not path.is_file():
         raise FileNotFoundError(f"no such config file: {path}")
     try:
-        loaded: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # An alias of aliases of aliases is gigabytes in a few lines, and no option needs one.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError(f"{path} has a YAML alias (*name); write the value out")
+        loaded: Any = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict | None):

@@ -249,3 +249,20 @@ def test_a_tar_that_is_cut_between_two_members_is_damaged(tmp_path: Path):
         read(path)
     path.write_bytes(whole[: end + 512])  # one block of zeros is an end, as tar has it
     assert len(read(path)) == 4
+
+
+def test_a_sparse_member_is_not_believed(tmp_path: Path):
+    """A tar of a few kilobytes may say that a member has 40 GB, all of them zeros."""
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        sparse = tarfile.TarInfo("sparse")
+        sparse.size = 4
+        sparse.pax_headers = {
+            "GNU.sparse.map": "0,4",
+            "GNU.sparse.size": str(40 << 30),
+            "GNU.sparse.name": "big",
+        }
+        archive.addfile(sparse, io.BytesIO(b"data"))
+        small = tarfile.TarInfo("small")
+        small.size = 4
+        archive.addfile(small, io.BytesIO(b"text"))
+    assert read(tmp_path / "a.tar") == {"small": b"text"}

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from miras.cli import main
 from miras.data.tokens import ByteTokenizer
+from miras.nn import folder as folders
 from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
 from miras.stream.source import open_model
@@ -70,3 +72,18 @@ def test_sealed_values_tell_when_they_changed():
     check_sealed({"a": 1})  # an older file has no checksum
     with pytest.raises(ValueError, match="checksum"):
         check_sealed(values | {"a": 2.5})
+
+
+def test_sizes_are_not_believed_before_the_file_has_them(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nothing of a model that its weights do not fit is made: a small file could ask for any memory."""
+    values = json.loads((folder / "config.json").read_text())
+    (folder / CHECKSUMS).unlink()
+    made: list[str] = []
+    monkeypatch.setattr(
+        folders, "LM", lambda config: (made.append(torch.get_default_device().type), LM(config))[1]
+    )
+    for change in ({"hidden_size": 1 << 20}, {"vocab_size": 1 << 34}, {"num_hidden_layers": 1 << 40}):
+        (folder / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(ValueError, match="the weights do not fit config"):
+            load_model(folder)
+    assert set(made) == {"meta"}

@@ -270,12 +270,17 @@ def _read_tar(path: Path, prefix: str) -> Iterator[Document]:
                 members = archive.getmembers()
                 _check_end(plain, archive.offset)
                 for member in sorted(members, key=lambda member: member.name):
-                    file = archive.extractfile(member) if member.isreg() else None
+                    file = archive.extractfile(member) if member.isreg() and not _has_holes(member) else None
                     data = b"" if file is None else _utf8(file.read())
                     if _is_text(data):
                         yield Document(prefix + member.name, data)
         except (*DAMAGE, tarfile.TarError) as error:
             raise _damaged(path, error) from error
+
+
+def _has_holes(member: tarfile.TarInfo) -> bool:
+    """Whether a member is zeros where the archive holds nothing: no text, and of any size that it says."""
+    return member.issparse() and sum(size for _, size in member.sparse) < member.size  # pyright: ignore
 
 
 def _check_end(plain: IO[bytes], at: int) -> None:

@@ -104,15 +104,25 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
                 f"{folder} is not a model: {name} is missing; a model is a folder with config.json and "
                 f"model.safetensors, as `miras train` writes it"
             )
-    model = LM(read_config(folder, trust_remote_code=trust_remote_code))
+    config = read_config(folder, trust_remote_code=trust_remote_code)
     kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
     if kinds and kinds != [ARCHITECTURE]:
         held = " and ".join(map(str, kinds)) if isinstance(kinds, list) else kinds
         raise ValueError(f"{folder} holds a {held}, and no language model ({ARCHITECTURE})")
     file = folder / "model.safetensors"
+    file.open("rb").close()  # safetensors takes a file that may not be read for none
     try:
         with safe_open(file, "pt") as opened:
             told = opened.metadata() or {}
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            # Sizes are believed only when the file has them: nothing is made before.
+            if config.num_hidden_layers > len(shapes):
+                raise ValueError(
+                    f"{folder}: the weights do not fit config.json: it has {config.num_hidden_layers} layers, "
+                    f"{file.name} only {len(shapes)} tensors"
+                )
+            with torch.device("meta"):
+                _check_shapes(folder, LM(config), shapes)
         stored = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt or cut off: {error}") from error
@@ -121,16 +131,21 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
             f"{file} is corrupt: its checksum differs, a byte has changed since it was saved (a tool that changes "
             f"weights must not keep the `sha256` of the metadata)"
         )
-    expected = weights(model)
-    wrong = [n for n in expected if n not in stored or stored[n].shape != expected[n].shape]
-    if wrong or len(stored) != len(expected):
-        surplus = sorted(set(stored) - set(expected))
+    model = LM(config)
+    model.load_state_dict(stored, strict=not model.config.tie_word_embeddings)
+    return model
+
+
+def _check_shapes(folder: Path, model: LM, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError when a file's tensors are not those of a model."""
+    expected = {name: tuple(x.shape) for name, x in weights(model).items()}
+    wrong = [n for n in expected if shapes.get(n) != expected[n]]
+    if wrong or len(shapes) != len(expected):
+        surplus = sorted(set(shapes) - set(expected))
         raise ValueError(
             f"{folder}: the weights do not fit config.json: missing or of another shape {wrong[:5]}, "
             f"not expected {surplus[:5]}"
         )
-    model.load_state_dict(stored, strict=not model.config.tie_word_embeddings)
-    return model
 
 
 def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> ModelConfig:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from miras.data.tokens import ByteTokenizer
@@ -36,7 +35,7 @@ from miras.session.options import (
 from miras.session.session import Fed, Session
 from miras.stream.generation import check_sampling
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
-from miras.stream.terminal import progress_bar, say, size_text
+from miras.stream.terminal import Plain, progress_bar, say, size_text
 from miras.system.files import write_atomically
 from miras.system.signals import worked
 
@@ -167,8 +166,11 @@ def rewind(options: RewindOptions) -> int:
 
 def show(options: ShowOptions) -> int:
     """Print what a session is."""
-    session = _loaded(options.session, options)
-    header, found = read_header(options.session), session.describe()
+    while True:  # another process may save it meanwhile: what is shown is of one time
+        header, session = read_header(options.session), _loaded(options.session, options)
+        if read_header(options.session) == header:
+            break
+    found = session.describe()
     if options.json:
         print(json.dumps({"saved": header.time, "file bytes": header.nbytes, **found}, indent=2))
         return 0
@@ -338,12 +340,10 @@ def _loaded(path: Path, options: ModelOptions) -> Session:
     return session
 
 
-def _console() -> Console:
+def _console() -> Plain:
     """Standard output, where names are not markup; a file or a pipe has no width to fold columns to."""
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    return (
-        console if console.is_terminal else Console(highlight=False, markup=False, soft_wrap=True, width=400)
-    )
+    console = Plain(soft_wrap=True)
+    return console if console.is_terminal else Plain(soft_wrap=True, width=400)
 
 
 def _saved(session: Session, path: Path) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from miras.nn.lm import LM
 from miras.session.moment import KEEP, Episode, Moment, Reservoir, distinct
+from miras.stream.files import BROKEN, check_model, now, read_sealed, restored, summary, write_sealed
 from miras.stream.files import FORMAT as STATE_FORMAT
 from miras.stream.files import FORMAT_VERSION as STATE_VERSION
-from miras.stream.files import check_model, now, read_sealed, restored, summary, write_sealed
 
 FORMAT = "miras-session"
 FORMAT_VERSION = 1
@@ -110,7 +110,7 @@ def read(path: Path, model: LM, tokenizer: str) -> tuple[About, list[Moment], li
     kinds = {FORMAT: FORMAT_VERSION, STATE_FORMAT: STATE_VERSION}
     header, tensors = read_sealed(path, kinds, NOUN)
     about, told = _told(path, header)
-    check_model(path, about.model, header["summary"], model)
+    check_model(path, about.model, header.get("summary", ""), model)
     if about.tokenizer not in ("", tokenizer):
         raise ValueError(
             f"{path} belongs to another tokenizer: it was saved with {about.tokenizer}, this is {tokenizer}"
@@ -141,7 +141,9 @@ def read(path: Path, model: LM, tokenizer: str) -> tuple[About, list[Moment], li
             for n, m in enumerate(told["moments"])
         ]
         return about, moments, list(told["marks"])
-    except (KeyError, TypeError, IndexError) as error:
+    except BROKEN as error:
+        if isinstance(error, ValueError):
+            raise
         raise ValueError(f"{path} is corrupt: its parts do not fit together ({error!r})") from error
 
 
@@ -168,7 +170,7 @@ def read_header(path: str | Path, *, whole: bool = False) -> SessionHeader:
             learned=latest["delta"] is not None,
             nbytes=path.stat().st_size,
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
 
 
@@ -177,15 +179,18 @@ def _told(path: Path, header: dict[str, str]) -> tuple[About, dict[str, Any]]:
     try:
         if header["format"] == STATE_FORMAT:
             tokens: list[int] = json.loads(header["tokens"])
-            if len(tokens) != 1:
-                raise ValueError(f"{path} holds {len(tokens)} streams; a session is one")
+            count = len(tokens)
             about = About(header["model"], "", "", header["time"], KEEP)
             moment = {"tokens": tokens[0], "episodes": [], "delta": None, "past": None}
-            return about, {"episodes": [], "past": [], "moments": [moment], "marks": []}
-        told: dict[str, Any] = json.loads(header["session"])
-        return About(**{f.name: told[f.name] for f in fields(About)}), told
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+            told: dict[str, Any] = {"episodes": [], "past": [], "moments": [moment], "marks": []}
+        else:
+            told, count = json.loads(header["session"]), 1
+            about = About(**{f.name: told[f.name] for f in fields(About)})
+    except BROKEN as error:
         raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
+    if count != 1:
+        raise ValueError(f"{path} holds {count} streams; a session is one")
+    return about, told
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -210,3 +215,5 @@ def _header_or_why(path: Path) -> SessionHeader | ValueError:
         return read_header(path)
     except ValueError as error:
         return error
+    except OSError as error:
+        return ValueError(f"{path} cannot be read: {error.strerror}")

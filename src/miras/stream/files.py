@@ -18,6 +18,9 @@ from miras.nn.lm import LM, LMState
 from miras.nn.reading import StreamState
 from miras.system.files import check_place, write_atomically
 
+BROKEN = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
+"""What comes of taking a header apart that is not what it should be."""
+
 FORMAT = "miras-state"
 FORMAT_VERSION = 1
 """Version of the files that `save_state` writes; older ones stay readable."""
@@ -145,6 +148,7 @@ def write_sealed(
     """Write tensors and what is told about them to one safetensors file, whole or not at all, with a checksum."""
     stored = {name: _storable(x) for name, x in tensors.items()}
     metadata = {"format": kind, "format_version": str(version), **told}
+    metadata["header_sha256"] = _digest({}, metadata)
     metadata["sha256"] = _digest(stored, metadata)
     write_atomically(path, save(stored, metadata))
 
@@ -154,11 +158,12 @@ def read_sealed(
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What `write_sealed` wrote, of one of these formats and up to its version here: (told, tensors).
 
-    Without tensors the checksum cannot be looked at. Raises FileNotFoundError when there is no file, and
+    Without tensors only the header's own checksum is looked at. Raises FileNotFoundError when there is no file, and
     ValueError, naming it as no `noun`, when it is corrupt, cut off, of another format or a newer version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: {noun} is one")
+    path.open("rb").close()  # safetensors takes a file that may not be read for none
     try:
         with safe_open(path, "pt") as file:
             told = dict(file.metadata() or {})
@@ -177,6 +182,11 @@ def read_sealed(
     checksum = told.pop("sha256", None)
     if checksum is None or not version.isdigit():
         raise ValueError(f"{path} is corrupt: its header has no checksum or no format version")
+    head = {name: value for name, value in told.items() if name != "header_sha256"}
+    if told.get("header_sha256", _digest({}, head)) != _digest({}, head):
+        raise ValueError(
+            f"{path} is corrupt: the checksum of its header differs, a byte has changed since it was saved"
+        )
     if with_tensors and _digest(tensors, told) != checksum:
         raise ValueError(f"{path} is corrupt: its checksum differs, a byte has changed since it was saved")
     return told, tensors
@@ -191,7 +201,7 @@ def _read(path: Path, with_tensors: bool) -> tuple[StateHeader, dict[str, Tensor
         header = StateHeader(
             int(told["format_version"]), told["model"], tuple(tokens), told["time"], told["summary"], extra
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except BROKEN as error:
         raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
     return header, tensors
 

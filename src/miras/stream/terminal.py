@@ -1,9 +1,24 @@
 """How commands speak while they read: a live bar, text as it is made, sizes."""
 
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from miras.system.terminal import printable
+
+
+class Plain(Console):
+    """Where names are not markup, and nothing that a file says commands the terminal."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text for what is printed and for what is in tables."""
+        return super().render_str(printable(text) if self.is_terminal else text, **options)
 
 
 def progress_bar() -> Progress:
@@ -16,7 +31,7 @@ def progress_bar() -> Progress:
 def say(text: str) -> None:
     """Print at once; on a terminal without the control characters, which a model may make up."""
     if sys.stdout.isatty():
-        text = "".join(x for x in text if x in "\n\t" or x.isprintable())
+        text = printable(text)
     sys.stdout.write(text)
     sys.stdout.flush()
 

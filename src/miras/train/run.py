@@ -22,6 +22,7 @@ from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
 from miras.nn.threads import check_seed, set_threads
+from miras.stream.terminal import Plain, size_text
 from miras.system.files import naming, write_atomically, write_whole
 from miras.system.lock import hold
 from miras.system.signals import Held, nobody_reads
@@ -45,7 +46,7 @@ _PATHS = ("tokenizer", "cache")
 
 def train(options: TrainOptions) -> int:
     """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
-    console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+    console = Plain(stderr=True, soft_wrap=True)
     options = _resumed(options)
     _check(options)
     set_threads(options.threads)
@@ -65,6 +66,7 @@ def _train(options: TrainOptions, console: Console) -> int:
             "(--window-size bounds it)."
         )
         options = dataclasses.replace(options, carry=False)
+    _check_memory(options, config)
     task = _task(options, config, tokenizer)
     run = _begin(options, config, task)
     extra = tokenizer.files()
@@ -255,6 +257,22 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
             f"is {vocab_size}); leave out {', '.join(changes) or 'the tokenizer or give the fitting one'}"
         )
     return override(config)
+
+
+def _check_memory(options: TrainOptions, config: ModelConfig) -> None:
+    """Refuse a step whose numbers cannot be held: the system would end the program without a word."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system that does not say
+        return
+    # The least that the backward pass needs of every token: each layer's input and inner values, in 2 bytes or 4.
+    per_layer = (config.hidden_size + config.inner()) * (2 if options.bf16 else 4)
+    least = options.batch_size * options.seq_len * per_layer * config.num_hidden_layers
+    if least > there:
+        raise ValueError(
+            f"--seq-len {options.seq_len:,} and --batch-size {options.batch_size:,}: a step needs at least "
+            f"{size_text(least)} of memory, and this machine has {size_text(there)}; take fewer tokens at once"
+        )
 
 
 def _task(options: TrainOptions, config: ModelConfig, tokenizer: Tokenizer) -> Task:
