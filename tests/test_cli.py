@@ -102,7 +102,10 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("steam", "unknown command 'steam', perhaps you meant 'stream'; known are train, eval, generate"),
+        (
+            "steam",
+            "unknown command 'steam', perhaps you meant 'stream'; known are train, check-training, eval",
+        ),
         ("info titan-mag", "unknown preset 'titan-mag', perhaps you meant 'titans-mag'"),
         ("info empty", "empty is not a model: config.json is missing"),
         ("info titans-mag --hidden-size 33", "hidden_size 33 is not a multiple of num_heads 4"),
@@ -122,7 +125,10 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("generate model --prompt a --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
         ("generate model --prompt a --seed -1", "seed must be 0 or more"),
         ("generate model --prompt a --seed 99999999999999999999", "seed must be 0 or more and below 2^63"),
-        ("generate model --prompt a --load-state no.state", "no.state is no file"),
+        (
+            "generate model --prompt a --load-state no.state",
+            "no.state does not exist; name the file of a stream's state",
+        ),
         (
             "generate model --prompt a --save-state text.txt",
             "--save-state text.txt exists and is not a stream's",
@@ -131,7 +137,10 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("stream model text.txt --save-state model/model.safetensors", "exists and is not a stream's state"),
         ("stream model text.txt --save-state text.txt/s", "--save-state text.txt/s cannot be written"),
         ("stream model bad.gz", "bad.gz is damaged or not what its name says"),
-        ("info titans-mag --hidden-size 1000000000000", "this does not fit into memory; take smaller sizes"),
+        (
+            "info titans-mag --hidden-size 1000000000000",
+            "this does not fit into memory; choose smaller sizes",
+        ),
         ("info deep", "config.json is not valid JSON"),
         (
             "info strange",
@@ -145,7 +154,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("stream model cut.gz", "cut.gz is damaged or not what its name says"),
         ("stream model text.txt --threads -1", "--threads must be 0"),
         ("stream model text.txt --piece 0", "piece must be at least 1"),
-        ("stream model text.txt --config none.yaml", "no such config file: none.yaml"),
+        ("stream model text.txt --config none.yaml", "No such config file: none.yaml"),
         ("stream model text.txt --config", "--config needs a YAML file"),
         ("eval model --text junk.bin", "'junk.bin' is not text: it has NUL bytes"),
         ("eval model --text text.txt --bins -1", "bins must be at least 1"),

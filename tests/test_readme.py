@@ -4,6 +4,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +37,17 @@ def run_python(page, tmp_path, monkeypatch):
             monkeypatch.delitem(sys.modules, file[1].removesuffix(".py"), raising=False)
         else:
             exec(compile(code, page.name, "exec"), names)
+
+
+def test_the_example_of_the_readme_is_ten_lines_that_find_the_number(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = blocks(ROOT / "README.md", "python")[0]
+    lines = [line for line in code.splitlines() if line and not line.startswith("import miras")]
+    assert len(lines) <= 10
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["answer"].decode() == names["sample"].value
+    assert names["sample"].value in capsys.readouterr().out
 
 
 def test_the_recipe_for_a_model_of_ones_own_goes_on_with_the_command(tmp_path, monkeypatch):

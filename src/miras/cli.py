@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import difflib
 import os
 import sys
 import traceback
@@ -14,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 from miras.system.signals import Held
 from miras.system.terminal import printable
+from miras.system.words import nearest
 
 T = TypeVar("T")
 
@@ -186,7 +186,7 @@ def _status(arguments: list[str], debug: bool, stops: Held) -> int:
     except (MemoryError, RuntimeError) as error:
         if debug or not (isinstance(error, MemoryError) or any(x in str(error) for x in _NO_ROOM)):
             raise
-        _say("miras: this does not fit into memory; take smaller sizes")
+        _say("miras: this does not fit into memory; choose smaller sizes")
         return 2
 
 
@@ -216,7 +216,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _known(name: str, commands: Iterable[str]) -> str:
     if name not in commands:
         raise ValueError(
-            f"unknown command {name!r}{_nearest(name, commands)}; known are {', '.join(commands)}"
+            f"unknown command {name!r}{nearest(name, commands)}; known are {', '.join(commands)}"
         )
     return name
 
@@ -276,7 +276,7 @@ def _defaults(options: type[T], path: Path) -> T:
     import yaml
 
     if not path.is_file():
-        raise FileNotFoundError(f"no such config file: {path}")
+        raise FileNotFoundError(f"No such config file: {path}")
     try:
         text = path.read_text(encoding="utf-8")
         # An alias of aliases of aliases is gigabytes in a few lines, and no option needs one.
@@ -294,7 +294,7 @@ def _defaults(options: type[T], path: Path) -> T:
         name = str(key).replace("-", "_")
         if name not in fields:
             raise ValueError(
-                f"{path}: unknown key {str(key)!r}{_nearest(name, fields)}; known are {', '.join(fields)}"
+                f"{path}: unknown key {str(key)!r}{nearest(name, fields)}; known are {', '.join(fields)}"
             )
         try:
             values[name] = _value(value, kinds[name])
@@ -330,11 +330,6 @@ def _value(value: Any, kind: Any) -> Any:
         # Through text, as a flag goes: YAML reads 3e-4 as text, and 2.5 is no whole number.
         return kind(str(value))
     raise ValueError
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f", perhaps you meant {close[0]!r}" if close else ""
 
 
 def _line(error: Exception) -> str:

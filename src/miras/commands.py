@@ -262,7 +262,7 @@ def _loaded(path: Path | None, model: LM) -> LMState | None:
         return None
     state, header = load_state(path, model)
     if len(header.tokens) != 1:
-        raise ValueError(f"{path} holds {len(header.tokens)} streams; a command goes on with one")
+        raise ValueError(f"{path} holds {len(header.tokens)} streams; a command can go on with only one")
     return state
 
 

@@ -19,7 +19,6 @@ said to do.
 """
 
 import dataclasses
-import difflib
 import math
 from typing import Any
 
@@ -34,6 +33,7 @@ from miras.nn.config import AXES, ModelConfig
 from miras.nn.gates import ALWAYS, NEVER, Gate
 from miras.nn.lm import LM
 from miras.nn.memory import DEFAULT_GATES, Features
+from miras.system.words import nearest
 
 TITANS = {
     "rule": Rule(
@@ -252,7 +252,9 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     of the rule, and `gates` those it names. Raises ValueError for an unknown name, with the nearest known one.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; known are {', '.join(PRESETS)}")
+        raise ValueError(
+            f"unknown preset {name!r}{nearest(str(name), PRESETS)}; known are {', '.join(PRESETS)}"
+        )
     return override(ModelConfig(**PRESETS[name]), **overrides)
 
 
@@ -266,7 +268,7 @@ def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
     known = [*(f.name for f in dataclasses.fields(ModelConfig)), *parts]
     for field in overrides:
         if field not in known:
-            raise ValueError(f"unknown field {field!r}{_nearest(field, known)}; known are {', '.join(known)}")
+            raise ValueError(f"unknown field {field!r}{nearest(field, known)}; known are {', '.join(known)}")
     values = dict(overrides)
     rule = values.get("rule", config.rule)
     rule = dataclasses.replace(rule, **{part: values.pop(part) for part in parts if part in values})
@@ -330,8 +332,3 @@ def attention_twin(config: ModelConfig) -> ModelConfig:
     window = config.segment_size if "mac" in config.pattern else config.window_size
     base = dataclasses.replace(config, pattern=pattern, window_size=window, intermediate_size=config.inner())
     return match_size(base, parameters(config))
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f", perhaps you meant {close[0]!r}" if close else ""

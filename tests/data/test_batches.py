@@ -151,7 +151,7 @@ def test_a_fresh_process_agrees():
 def test_what_does_not_fit_is_refused():
     tokens, offsets = documents([10, 20])
     fine = {"batch_size": 1, "seq_len": 8, "align": 4}
-    with pytest.raises(ValueError, match=r"10 is none of 4\. Take 8 or 12"):
+    with pytest.raises(ValueError, match=r"the chunk size\), 4; got 10\. Take 8 or 12"):
         Lanes(tokens, offsets, batch_size=1, seq_len=10, align=4)
     with pytest.raises(ValueError, match=r"9 lanes.* need at least 9 chunks.*30 tokens\) has 8"):
         Lanes(tokens, offsets, batch_size=3, seq_len=8, align=4).batch(0, 0, world_size=3)

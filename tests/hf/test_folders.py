@@ -98,7 +98,7 @@ def test_classifiers_and_bare_models(tmp_path):
         assert isinstance(bare, MirasModel)
         lm = load_model(tmp_path / "lm")
         assert torch.equal(lm.lm_head(bare(tokens).last_hidden_state), lm(tokens)[0])
-    with pytest.raises(ValueError, match="holds a MirasForSequenceClassification, and no language model"):
+    with pytest.raises(ValueError, match="holds a MirasForSequenceClassification, not a language model"):
         load_model(tmp_path / "classifier")
 
 
@@ -197,7 +197,7 @@ def test_a_config_that_describes_no_model_is_refused(tmp_path):
     values = json.loads(path.read_text())
     for change, reason in (
         ({"num_heads": 3}, "hidden_size 16 is not a multiple of num_heads 3"),
-        ({"format_version": 99}, "format version 99 is not known here"),
+        ({"format_version": 99}, "format version 99 is unknown"),
         ({"pattern": ["magic"]}, "pattern must name one or more"),
         ({"spiral": 3}, "unknown fields spiral; known are format_version, vocab_size"),
     ):

@@ -352,9 +352,7 @@ def test_a_model_refuses_what_does_not_fit():
         model(torch.zeros(2, 3))
     with refused(ValueError, "LM: tokens must be (B, T) int64, got torch.int64 (3,)"):
         model(torch.zeros(3, dtype=torch.long))
-    with refused(
-        ValueError, "LM: the state has 3 rows and 2 layers, the tokens 2 rows and the model 2 layers"
-    ):
+    with refused(ValueError, "LM: the state has 3 rows and the tokens 2"):
         model(torch.zeros(2, 3, dtype=torch.long), model.initial(3))
     tokens = torch.tensor([[1, 255, 256], [0, -1, 2]])
     with refused(ValueError, "LM: token id 256 is outside the model's vocabulary, 0 to 255"):

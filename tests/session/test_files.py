@@ -180,7 +180,7 @@ def test_what_is_cut_off_foreign_or_newer_is_refused_by_name(
     path.write_bytes((folder / "model.safetensors").read_bytes())
     refused("is not a saved session")
     path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"s\.miras is no file"):
+    with pytest.raises(FileNotFoundError, match=r"s\.miras does not exist"):
         Session.load(path, session.base, session.tokenizer)
 
 
@@ -195,7 +195,7 @@ def test_a_streams_state_is_a_session_without_a_past(session: Session, text: byt
     assert Session.load(tmp_path / "old.state", session.base, session.tokenizer).tokens == 60
     two = read(session.base, np.zeros((2, 5), dtype=np.int64)).state
     save_state(tmp_path / "two.state", two, session.base)
-    with pytest.raises(ValueError, match=r"two\.state holds 2 streams; a session is one"):
+    with pytest.raises(ValueError, match=r"two\.state holds 2 streams; a session can go on with only one"):
         Session.load(tmp_path / "two.state", session.base, session.tokenizer)
 
 
@@ -279,5 +279,5 @@ def test_the_sessions_of_a_folder(saved: tuple[Session, Path], text: bytes):
     assert name == path and first.tokens == 50 and first.nbytes == path.stat().st_size
     assert b.tokens == 60 and b.marks == {"a": 50} and [e[0] for e in b.episodes] == ["one", "two"]
     assert b.about.model == session.hash and "hidden 16" in b.summary and not b.learned
-    with pytest.raises(FileNotFoundError, match="is no folder"):
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
         Session.saved(path)

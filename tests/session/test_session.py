@@ -148,7 +148,7 @@ def test_what_has_no_sense_is_refused(session: Session, tiny: Make, text: bytes)
         (lambda: session.feed(np.array([300])), "token id 300 is outside"),
         (lambda: session.feed(np.zeros((2, 9), dtype=np.int64)), "rows"),
         (lambda: session.generate(3), "the prompt is empty"),
-        (lambda: session.rewind("no"), "there is no mark 'no'; there are none"),
+        (lambda: session.rewind("no"), "the session has no mark 'no'; it has no marks yet"),
         (lambda: session.mark(""), "a mark needs a name"),
         (lambda: Session(session.base, session.tokenizer, keep=-1), "keep must be 0"),
         (lambda: Session(tiny(vocab_size=100), ByteTokenizer()), "256 ids, the model only 100"),
@@ -163,7 +163,7 @@ def test_what_has_no_sense_is_refused(session: Session, tiny: Make, text: bytes)
     session.mark("a")
     with pytest.raises(ValueError, match="the mark 'a' is there already"):
         session.mark("a")
-    with pytest.raises(ValueError, match="no mark 'b'; known are a"):
+    with pytest.raises(ValueError, match="no mark 'b'; its marks are a"):
         session.unmark("b")
 
 

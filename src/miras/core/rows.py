@@ -63,7 +63,13 @@ def pack(
 ) -> Rows:
     """The masks (B, T) of a batch, packed. Raises ValueError when one is not a bool mask of that shape."""
     for name, mask in (("valid", valid), ("write", write), ("reset", reset)):
-        if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != shape):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"{name} must be a bool mask (B, T) = {shape}, a tensor, got a {type(mask).__name__}"
+            )
+        if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise ValueError(
                 f"{name} must be a bool mask (B, T) = {shape}, got {mask.dtype} {tuple(mask.shape)}"
             )

@@ -112,6 +112,43 @@ def known(x: Tensor) -> list[int]:
     return [0] * len(x) if x.is_meta else x.tolist()
 
 
+def misfit(there: Any, here: Any) -> str | None:
+    """Where a state differs in kind from one that would fit, or None: types, names of tensors, heads and widths.
+
+    Rows, and how many tokens or taps a tensor holds, may differ.
+    """
+    if type(there) is not type(here):
+        return f"it is a {type(there).__name__}, and a {type(here).__name__} is needed"
+    if isinstance(here, Record):
+        pairs = [(f.name, getattr(there, f.name), getattr(here, f.name)) for f in fields(here)]
+    elif isinstance(here, dict):
+        if there.keys() != here.keys():
+            return f"it holds {', '.join(there) or 'nothing'}, and {', '.join(here) or 'nothing'} is needed"
+        pairs = [(name, there[name], here[name]) for name in here]
+    elif isinstance(here, tuple):
+        if len(there) != len(here):
+            return f"it has {len(there)} parts, and {len(here)} are needed"
+        pairs = [(str(n), *both) for n, both in enumerate(zip(there, here, strict=True))]
+    elif isinstance(here, Tensor):
+        a, b = (
+            x.shape[1:2] + x.shape[-1:] if x.dim() > 3 else x.shape[-1:] if x.dim() == 3 else ()
+            for x in (there, here)
+        )
+        fits = there.dim() == here.dim() and a == b
+        return None if fits else f"it is {tuple(there.shape)}, and one like {tuple(here.shape)} is needed"
+    else:
+        return None
+    found = ((name, misfit(mine, other)) for name, mine, other in pairs)
+    return next(
+        (
+            f"{name}: {reason}" if ":" not in reason else f"{name}.{reason}"
+            for name, reason in found
+            if reason
+        ),
+        None,
+    )
+
+
 def choose(rows: Tensor, yes: T, no: T) -> T:
     """`yes` in the rows (B,) where the mask is true, `no` elsewhere, for any structure of tensors."""
     others = dict(_walk(no, ""))

@@ -71,7 +71,7 @@ class Lanes:
         if seq_len % align:
             near = max(seq_len // align, 1) * align
             raise ValueError(
-                f"`seq_len` must be a multiple of `align` (the chunk size): {seq_len} is none of {align}. "
+                f"`seq_len` must be a multiple of `align` (the chunk size), {align}; got {seq_len}. "
                 f"Take {near} or {near + align}."
             )
         self.batch_size, self.seq_len, self.align, self.seed = batch_size, seq_len, align, seed

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ TOKENIZER_CONFIG: dict[str, Any] = {
 """What `transformers` is to know of the byte tokenizer."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back; equal fingerprints mean equal ids for every text."""
 
@@ -56,6 +57,15 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
         """The text of the ids, U+FFFD for what is not UTF-8; ValueError for an id outside the vocabulary."""
         ...
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise ValueError for what is no Tokenizer, with the way to make one of a tokenizer of `transformers`."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(
+            f"a tokenizer of miras is needed, got a {type(tokenizer).__name__}; one of transformers is taken so: "
+            f"tokenizer.save_pretrained(FOLDER), then miras.load_tokenizer(FOLDER)"
+        )
 
 
 @dataclass(frozen=True)
@@ -249,7 +259,7 @@ class TokenFile:
         size, wanted = body.stat().st_size, count * dtype.itemsize
         if size != wanted:
             what = "is cut short" if size < wanted else "is too long"
-            raise _refused(body, f"{what}: {size:,} bytes where {wanted:,} are due", stem)
+            raise _refused(body, f"{what}: {size:,} bytes instead of {wanted:,}", stem)
         tokens = np.memmap(body, dtype=dtype, mode="r", shape=(count,))
         return cls(stem, tokens, offsets, names, sizes, vocab_size, **rest)
 

@@ -26,6 +26,7 @@ class AttentionReader(Mixer):
         keys_per_token: int = 1,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         if window_size is not None and window_size < 1:
             raise ValueError(
                 f"AttentionReader: window_size must be at least 1, or None for all; got {window_size}"
@@ -92,6 +93,7 @@ class AttentionLayer(Mixer):
         rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         head_dim = head_width(self, hidden_size, num_heads, head_dim)
         self.reader = AttentionReader(
             hidden_size, num_heads, head_dim, window_size, num_persistent, rope_theta

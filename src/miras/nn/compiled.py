@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from miras.core.observe import observing
-from miras.nn.lm import LM, LMState
+from miras.nn.lm import LM, LMState, instead_of
 
 
 class Compiled:
@@ -21,6 +21,10 @@ class Compiled:
     """
 
     def __init__(self, model: LM, **options: Any) -> None:
+        if not isinstance(model, LM):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"Compiled: a miras.LM is needed, got a {type(model).__name__}{instead_of(model)}"
+            )
         self.model = model
         from torch._dynamo import (
             exc,  # here, because it takes seconds, which commands that compile nothing need not

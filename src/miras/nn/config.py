@@ -117,9 +117,11 @@ class ModelConfig(Typed):
         super().__post_init__()
         if not isinstance(self.pattern, tuple) or not isinstance(self.gates, Mapping):  # pyright: ignore
             raise ValueError(
-                f"ModelConfig: pattern must be a tuple of names and gates a mapping from names to Gate(...), got "
-                f"{self.pattern!r} and {self.gates!r}"
+                f"ModelConfig: pattern must be a tuple of names, such as ('mac',), and gates a mapping from names to "
+                f"Gate(...), got {self.pattern!r} and {self.gates!r}"
             )
+        if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"ModelConfig: rule must be a Rule(...), got {self.rule!r}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig: {name} must be at least 1, got {getattr(self, name)}")
@@ -212,7 +214,7 @@ class ModelConfig(Typed):
         version = plain.pop("format_version", None)
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise ValueError(
-                f"ModelConfig: format version {version!r} is not known here (up to {FORMAT_VERSION}); "
+                f"ModelConfig: format version {version!r} is unknown; this miras reads up to {FORMAT_VERSION}; "
                 f"upgrade miras to read it"
             )
         known = {f.name for f in dataclasses.fields(ModelConfig)}

@@ -108,7 +108,7 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
     kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
     if kinds and kinds != [ARCHITECTURE]:
         held = " and ".join(map(str, kinds)) if isinstance(kinds, list) else kinds
-        raise ValueError(f"{folder} holds a {held}, and no language model ({ARCHITECTURE})")
+        raise ValueError(f"{folder} holds a {held}, not a language model ({ARCHITECTURE})")
     file = folder / "model.safetensors"
     file.open("rb").close()  # safetensors takes a file that may not be read for none
     try:

@@ -1,5 +1,6 @@
 """The language model: embedding, blocks, norm, head. One call for training, prefill and decoding."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from miras.core.observe import layer as observed_layer
 from miras.core.rows import Rows, pack
-from miras.core.state import Record
+from miras.core.state import Record, misfit
 from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
 from miras.nn.gates import gate_outputs
@@ -139,19 +140,54 @@ class Reader(nn.Module):
         Raises ValueError for other tokens, for ids outside the vocabulary (on a CPU, where the padding's do not
         matter), and for a state of other rows or layers.
         """
-        state = self.check(tokens, state)
-        return self._through(tokens, state, pack((tokens.shape[0], tokens.shape[1]), valid, write, reset))
+        given, state = state, self.check(tokens, state)
+        rows = pack((tokens.shape[0], tokens.shape[1]), valid, write, reset)
+        try:
+            return self._through(tokens, state, rows)
+        except (AttributeError, RuntimeError, ValueError) as error:
+            if given is not None and (reason := self.misfit(given)):
+                raise ValueError(
+                    f"LM: the state belongs to another model: {reason}; go on with the state that this model returned"
+                ) from error
+            raise
+
+    def misfit(self, state: LMState) -> str | None:
+        """Where a state differs in kind from those of this model, or None."""
+        here = self.initial(len(state.tokens))
+        return misfit({"layers": state.layers}, {"layers": here.layers})
 
     def check(self, tokens: Tensor, state: LMState | None) -> LMState:
         """The state to begin with. Raises ValueError as `read` does."""
-        embedded = tokens.dim() == 3 and tokens.is_floating_point()
-        if not embedded and (tokens.dim() != 2 or tokens.dtype != torch.long):
-            raise ValueError(f"LM: tokens must be (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}")
-        state = self.initial(tokens.shape[0]) if state is None else state
-        if state.tokens.shape[0] != tokens.shape[0] or len(state.layers) != len(self.layers):
+        if not isinstance(tokens, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
-                f"LM: the state has {state.tokens.shape[0]} rows and {len(state.layers)} layers, the tokens "
-                f"{tokens.shape[0]} rows and the model {len(self.layers)} layers"
+                f"LM: tokens must be a tensor (B, T) int64, got a {type(tokens).__name__}; for one stream of "
+                f"ids write torch.tensor([ids]), and a tokenizer makes ids of text"
+            )
+        embedded = tokens.dim() == 3 and tokens.is_floating_point()
+        if embedded and tokens.shape[-1] != (hidden := self.embed_tokens.embedding_dim):
+            raise ValueError(f"LM: embeddings must be (B, T, {hidden}), got {tuple(tokens.shape)}")
+        if not embedded and (tokens.dim() != 2 or tokens.dtype != torch.long):
+            way = "; for one stream write tokens[None]" if tokens.dim() == 1 else ""
+            way += "" if tokens.dtype == torch.long else "; ids are whole numbers: tokens.long()"
+            raise ValueError(
+                f"LM: tokens must be (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}{way}"
+            )
+        if state is None:
+            return self.initial(tokens.shape[0])
+        if not isinstance(state, LMState):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"LM: the state must be an LMState, got a {type(state).__name__}; a call returns (logits, state), of "
+                f"which the second goes on"
+            )
+        if len(state.layers) != len(self.layers):
+            raise ValueError(
+                f"LM: the state belongs to another model: it has {len(state.layers)} layers, this one "
+                f"{len(self.layers)}"
+            )
+        if state.tokens.shape[0] != tokens.shape[0]:
+            raise ValueError(
+                f"LM: the state has {state.tokens.shape[0]} rows and the tokens {tokens.shape[0]}; a state goes on "
+                f"with the rows that it was made with (state.select picks some of them, or repeats them)"
             )
         return state
 
@@ -210,6 +246,11 @@ class LM(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        if not isinstance(config, ModelConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
+            way = f"miras.preset({config!r})" if isinstance(config, str) else "miras.preset(NAME)"
+            raise ValueError(
+                f"LM: config must be a ModelConfig, as {way} gives it, got a {type(config).__name__}"
+            )
         self.config = config
         self.model = Stack(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -271,6 +312,14 @@ class LM(nn.Module):
     def flops_per_token(self) -> int:
         """Multiply-adds of one token's forward pass, times two; full attention counted without its cache."""
         return flops_per_token(self.config)
+
+
+def instead_of(model: Any) -> str:
+    """How an LM is had where something else was given: the end of an error's sentence."""
+    if isinstance(model, str | os.PathLike):
+        return f"; load the folder first: miras.load_model({str(model)!r})"
+    of_transformers = isinstance(getattr(model, "model", None), Reader)
+    return "; model.lm() is that of a transformers model" if of_transformers else ""
 
 
 def flops_per_token(config: ModelConfig) -> int:

@@ -196,6 +196,7 @@ class MemoryReader(Mixer):
         rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         if reason := unread(rule, gates or {}):
             raise ValueError(f"MemoryReader: {reason}")
         gates = DEFAULT_GATES | dict(gates or {})
@@ -356,6 +357,7 @@ class MemoryLayer(Mixer):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         head_dim = head_width(self, hidden_size, num_heads, head_dim)
         value_dim = head_dim if value_dim is None else value_dim
         self.reader = MemoryReader(

@@ -9,13 +9,16 @@ from torch import Tensor, nn
 
 from miras.core.conv import conv
 from miras.core.rows import Rows, pack
+from miras.core.state import misfit
 
 
 class Mixer(nn.Module, ABC):
     """Mixes x (B, T, hidden) along T, carrying a state that is a value.
 
-    A subclass gives `initial` and `mix`; `forward` is the same for all.
+    A subclass gives `initial` and `mix`, and may define `hidden_size`; `forward` is the same for all.
     """
+
+    hidden_size: int | None = None
 
     @abstractmethod
     def initial(self, rows: int, like: Tensor) -> Any:
@@ -46,10 +49,33 @@ class Mixer(nn.Module, ABC):
         valid, write, reset (B, T) bool: a token outside `valid` changes nothing and gives 0; one outside
         `write` reads the memory without writing; `reset` marks the first token of a document.
         """
+        self._check(x)
         rows = pack((x.shape[0], x.shape[1]), valid, write, reset)
         x = rows.gather(x)
-        y, state = self.mix(x, self.initial(x.shape[0], x) if state is None else state, rows)
-        return rows.scatter(y), state
+        try:
+            y, after = self.mix(x, self.initial(x.shape[0], x) if state is None else state, rows)
+        except (AttributeError, RuntimeError, ValueError) as error:
+            if state is not None and (reason := misfit(state, self.initial(x.shape[0], x))):
+                raise ValueError(
+                    f"{type(self).__name__}: the state is not one of this layer: {reason}; go on with the state that "
+                    f"the layer itself returned"
+                ) from error
+            raise
+        return rows.scatter(y), after
+
+    def _check(self, x: Any) -> None:
+        """Raise ValueError for what is not (B, T, hidden)."""
+        hidden = "hidden" if self.hidden_size is None else self.hidden_size
+        name = type(self).__name__
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: x must be a tensor (B, T, {hidden}), got a {type(x).__name__}")
+        if x.dim() != 3 or not x.is_floating_point() or hidden not in ("hidden", x.shape[-1]):
+            way = (
+                "; for one stream (T, hidden) write x[None]" if x.dim() == 2 and x.is_floating_point() else ""
+            )
+            raise ValueError(
+                f"{name}: x must be floating point (B, T, {hidden}), got {x.dtype} {tuple(x.shape)}{way}"
+            )
 
 
 class Projection(nn.Module):

@@ -171,6 +171,10 @@ class _Feed:
 def as_rows(block: Block) -> NDArray[Any]:
     """Token ids (n,) or (B, n) as (B, n), not copied. Raises ValueError for anything else."""
     ids = block.detach().cpu().numpy() if isinstance(block, Tensor) else np.asarray(block)
+    if ids.dtype.kind in "US":
+        raise ValueError(
+            "tokens are numbers, got a text; encode it first: miras.ByteTokenizer().encode(text)"
+        )
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or (ids.ndim == 2 and not len(ids)):
         raise ValueError(
             f"tokens must be arrays of whole numbers, (T,) for one stream or (B, T) for several; got "

@@ -49,6 +49,7 @@ class MemoryAsGate(Mixer):
         **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         head_dim = head_width(self, hidden_size, num_heads, head_dim)
         width = num_heads * head_dim
         self.attention = AttentionReader(
@@ -101,6 +102,7 @@ class MemoryAsLayer(Mixer):
         **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         self.memory = MemoryLayer(
             hidden_size,
             num_heads,
@@ -178,6 +180,7 @@ class MemoryAsContext(Mixer):
         **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
+        self.hidden_size = hidden_size
         if reason := segment_refusal(segment_size, rule.chunk_size, pool):
             raise ValueError(f"MemoryAsContext: {reason}")
         head_dim = head_width(self, hidden_size, num_heads, head_dim)

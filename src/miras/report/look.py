@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from miras.data.tokens import ByteTokenizer, Tokenizer
+from miras.data.tokens import ByteTokenizer, Tokenizer, check_tokenizer
 from miras.nn.folder import model_hash
 from miras.nn.lm import LM, LMState
 from miras.report.explorer import Watched, bits_per_byte, facts_of, render_explorer, shortened, tracks_of
@@ -54,6 +54,7 @@ def surprise_page(
     ValueError for a layer without memory, and for no tokens.
     """
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
+    check_tokenizer(tokenizer)
     ids = tokenizer.encode(text) if isinstance(text, str | bytes) else text
     watched = watch(model, tokenizer, ids, state, layers=layers, piece=piece)
     facts = facts_of(watched, "a model in Python", described(model), more=False)

@@ -35,7 +35,7 @@ def watch(
     """
     check_layers(model, layers)
     if not len(ids):
-        raise ValueError("there is no token to read")
+        raise ValueError("there are no tokens to read")
     if state is not None and len(state.tokens) != 1:
         raise ValueError(f"the state holds {len(state.tokens)} streams; a page shows one")
     before = 0 if state is None else int(state.tokens[0])

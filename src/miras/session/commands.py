@@ -329,7 +329,7 @@ def _loaded(path: Path, options: ModelOptions) -> Session:
     folder = Path(about.folder) if options.model is None else options.model
     if options.model is None and not (folder / "config.json").is_file():
         where = (
-            f"its model was in {folder}, where none is now"
+            f"its model was in {folder} and is not there any more"
             if about.folder
             else "it does not say where its model is"
         )

@@ -189,7 +189,7 @@ def _told(path: Path, header: dict[str, str]) -> tuple[About, dict[str, Any]]:
     except BROKEN as error:
         raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
     if count != 1:
-        raise ValueError(f"{path} holds {count} streams; a session is one")
+        raise ValueError(f"{path} holds {count} streams; a session can go on with only one")
     return about, told
 
 
@@ -206,7 +206,7 @@ def find(folder: str | Path) -> list[tuple[Path, SessionHeader | ValueError]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder")
+        raise FileNotFoundError(f"{folder} is not a folder; name one to look for sessions in")
     return [(path, _header_or_why(path)) for path in sorted(folder.glob(f"*{SUFFIX}")) if path.is_file()]
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from miras.core.observe import Observation
 from miras.core.observe import observe as observation
-from miras.data.tokens import Tokenizer
+from miras.data.tokens import Tokenizer, check_tokenizer
 from miras.nn.folder import model_hash
-from miras.nn.lm import LM
+from miras.nn.lm import LM, instead_of
 from miras.nn.reading import LMState, Piece, Spelling, Tokens, read_pieces
 from miras.session import files
 from miras.session.compare import Moved, Recalled, loss_of, memories, moved, outer_distance, recalled
@@ -79,6 +79,11 @@ class Session:
     """
 
     def __init__(self, model: LM, tokenizer: Tokenizer, *, keep: int = KEEP, folder: str = "") -> None:
+        if not isinstance(model, LM):
+            raise ValueError(
+                f"Session: a miras.LM is needed, got a {type(model).__name__}{instead_of(model)}"
+            )
+        check_tokenizer(tokenizer)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}; a "
@@ -343,7 +348,7 @@ class Session:
         if (own := model_hash(self.base)) != self.hash:
             raise ValueError(
                 f"{path} is not written: the model was {self.hash} when the session began and is {own} now; give "
-                f"a session a model that nobody else trains"
+                f"a session a model that nothing else trains"
             )
         with Held(), hold(path):
             files.write(
@@ -389,8 +394,8 @@ class Session:
 
     def _marked(self, name: str) -> Moment:
         if name not in self.marks:
-            known = f"known are {', '.join(self.marks)}" if self.marks else "there are none"
-            raise ValueError(f"there is no mark {name!r}; {known}")
+            known = f"its marks are {', '.join(self.marks)}" if self.marks else "it has no marks yet"
+            raise ValueError(f"the session has no mark {name!r}; {known}")
         return self.marks[name]
 
     def _adopt(self, moment: Moment) -> None:

@@ -49,8 +49,10 @@ def save_state(
     everything.
 
     Short floating types are written as fp32, which holds them exactly. A StreamState keeps the logits of its
-    next token, so that going on loses nothing.
+    next token, so that going on loses nothing. Raises ValueError for the state of a model of another kind or size.
     """
+    if reason := model.model.misfit(state):
+        raise ValueError(f"{path} is not written: the state belongs to another model: {reason}")
     header = StateHeader(
         format_version=FORMAT_VERSION,
         model=model_hash(model),
@@ -162,7 +164,9 @@ def read_sealed(
     ValueError, naming it as no `noun`, when it is corrupt, cut off, of another format or a newer version.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: {noun} is one")
+        if path.is_dir():
+            raise FileNotFoundError(f"{path} is a folder, not {noun}, which is one file")
+        raise FileNotFoundError(f"{path} does not exist; name the file of {noun}")
     path.open("rb").close()  # safetensors takes a file that may not be read for none
     try:
         with safe_open(path, "pt") as file:

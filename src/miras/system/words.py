@@ -1,0 +1,17 @@
+"""Words that a user may have meant."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ ", perhaps you meant 'this'", or nothing: the known word that a wrong one is nearest to, whatever its case."""
+    words = {_plain(word): word for word in known}
+    plain = _plain(name)
+    parts = [word for word in words if plain in word.split("-")]
+    close = difflib.get_close_matches(plain, list(words), 1) or (parts if len(parts) == 1 else [])
+    return f", perhaps you meant {words[close[0]]!r}" if close else ""
+
+
+def _plain(word: str) -> str:
+    return word.lower().replace("_", "-").replace(" ", "-")
