@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from miras.nn.config import ModelConfig
-from miras.nn.folder import write_atomically
+from miras.system.files import write_atomically
 from miras.train.check import TrainingCheck, check_training
 from miras.zoo import preset, presets
 
