@@ -143,7 +143,7 @@ def test_refusals() -> None:
         ("ttt-mlp", 0.9),
         ("yaad", 0.9),
         ("memora", 0.9),
-        ("moneta", 0.6),
+        ("moneta", 0.2),
     ],
 )
 def test_pairs_written_once_are_read_back(name: str, least: float) -> None:

@@ -357,16 +357,16 @@ def written_once(
     """The share of random pairs that a config's fresh memory answers after it was written each of them once.
 
     No training: keys and values are random, of length 1 and `width` channels; lr is the largest that the config's
-    gate gives, forget and the bias's gates are at their first values, and there is no momentum. A key is answered
-    when what is read is nearer to its own value than to the others. The mean of `draws` memories.
+    gate gives, forget and the bias's gates are at their first values, and there is no momentum and no step bound. A
+    key is answered when what is read is nearer to its own value than to the others. The mean of `draws` memories.
     """
     rule = config.rule
     lr = config.gates.get("lr", DEFAULT_GATES["lr"]).largest(1)
     if not math.isfinite(lr):
         raise ValueError("written_once: the lr gate has no largest value; give it a link that has one")
-    if rule.algorithm.momentum:
-        bound = min(1.0, rule.algorithm.step_bound)
-        rule = dataclasses.replace(rule, algorithm=GradientDescent(step_bound=bound))
+    if type(rule.algorithm) is GradientDescent:
+        algorithm = dataclasses.replace(rule.algorithm, momentum=False, step_bound=0.0)
+        rule = dataclasses.replace(rule, algorithm=algorithm)
     torch.manual_seed(seed)
     made = [InitialMemory(rule.memory.shapes(width, width), 1, config.initial_scale) for _ in range(draws)]
     for each in made:
