@@ -380,8 +380,10 @@ def written_once(
             first = gate.scale * float(LINKS[gate.link](torch.tensor(gate.bias)))
             gates[name] = torch.full((draws, 1, 2 * pairs), first)
     outer = OuterParameters(rule.memory, 1, width, width)
-    again = [torch.cat([x, x], 2) for x in (k, v)]
+    keys, values = (torch.cat([x, x], 2) for x in (k, v))
     write = (torch.arange(2 * pairs) < pairs).expand(draws, -1)
-    y, _ = scan(rule, init_state(rule, A_0), again[0], *again, gates, write=write, initial=A_0, outer=outer())
+    y, _ = scan(
+        rule, init_state(rule, A_0), keys, keys, values, gates, write=write, initial=A_0, outer=outer()
+    )
     distance = torch.cdist(y[:, 0, pairs:], v[:, 0])
     return float((distance.argmin(-1) == torch.arange(pairs)).double().mean())
