@@ -627,3 +627,32 @@ def test_a_yaml_of_aliases_is_refused(place: Path, capsys: pytest.CaptureFixture
 def test_a_step_that_no_memory_holds_is_refused(place: Path, capsys: pytest.CaptureFixture[str], data: str):
     said = refused(f"train --out r {data} --seq-len 100000000 --batch-size 8", capsys)
     assert "a step needs at least" in said and "take fewer tokens at once" in said
+
+
+def test_check_training_says_what_it_measured_and_what_is_out_of_range(tmp_path, capsys):
+    sizes = ["--steps", "20", "--batch-size", "1", "--seq-len", "64", "--hidden-size", "32", "--threads", "1"]
+    file = tmp_path / "check.json"
+    status = main(["check-training", "titans-lmm", *sizes, "--no-reference", "--json", str(file)])
+    said = capsys.readouterr().out
+    assert status == 0
+    assert "outer gradient" in said and "|W|, layers.1" in said and "Everything is in range." in said
+    found = json.loads(file.read_text())
+    assert len(found["loss"]) == 20 and found["problems"] == [] and found["reference"] is None
+    # Twenty steps of 64 bytes are too few for a loss beside a reference.
+    assert main(["check-training", "titans-lmm", *sizes, "--lr", "1e-6", "--json", str(file)]) in (0, 1)
+    assert "Gated DeltaNet" in capsys.readouterr().out
+
+
+def test_check_training_refuses_before_it_works(tmp_path, capsys):
+    other = tmp_path / "notes.txt"
+    other.write_text("mine")
+    for line, reason in (
+        ("check-training titans-lm", "perhaps you meant 'titans-lmm'"),
+        ("check-training transformer", "no memory"),
+        ("check-training titans-lmm --steps 3", "at least 20 steps"),
+        (f"check-training titans-lmm --json {other}", "is not a check's JSON"),
+        (f"check-training {tmp_path}", "config.json is missing"),
+    ):
+        assert main(line.split()) == 2
+        assert reason in capsys.readouterr().err
+    assert other.read_text() == "mine"

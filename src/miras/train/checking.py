@@ -1,6 +1,7 @@
 """`miras check-training`: from options to what `check_training` found, in words."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ def check(options: CheckOptions) -> int:
     config = _config(options)
     documents = list(read_documents(options.text)) if options.text else []
     tokens = np.frombuffer(b"".join(each.data for each in documents), np.uint8) if documents else None
+    beside = " beside Gated DeltaNet of equal size" if options.reference else ""
+    print(f"{options.model}: training {options.steps} steps{beside} ...", file=sys.stderr, flush=True)
     found = check_training(
         config,
         steps=options.steps,
