@@ -176,6 +176,16 @@ GRIDS: dict[str, list[Cell]] = {
         for seed in seeds
         for name in names
     ],
+    "reading": [
+        Cell(preset=name, change={field: window}, own_lr=OWN_LR.get(name, 3.0), tokens=tokens)
+        for window in (16, 64, 256)
+        for name, field, tokens in (
+            ("titans-mag", "window_size", 300_000),
+            ("titans-mac", "segment_size", 300_000),
+            ("swa", "window_size", 300_000),
+            ("swa", "window_size", 1_200_000),  # about the time of titans-mag
+        )
+    ],
     "recall": [
         Cell(preset=name, task="mqar", size="recall", tokens=2_000_000)
         for name in ("deltanet", "gated-deltanet", "titans-linear", "titans-lmm")
