@@ -3,9 +3,22 @@
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from miras.zoo import presets
+from miras.data.novel import load_novel
+from miras.nn.lm import LM
+from miras.zoo import preset, presets
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_heads": 2,
+    "window_size": 64,
+    "segment_size": 64,
+    "num_persistent": 4,
+}
 
 SHORT = spec_from_file_location("stability", Path(__file__).parents[1] / "nn" / "test_stability.py")
 assert SHORT is not None and SHORT.loader is not None
@@ -24,3 +37,18 @@ def test_default_gates(name, chunk_size):
 @pytest.mark.parametrize("name", short.EXACT)
 def test_default_gates_of_the_exact_recurrences(name):
     short.stays_finite(name, 1, 20_000)
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name != "transformer"])
+@torch.inference_mode()
+def test_300_000_tokens_of_text_are_finite(name):
+    torch.manual_seed(0)
+    model = LM(preset(name, **SIZES))
+    text = np.frombuffer(load_novel().train[:300_000], np.uint8).astype(np.int64)
+    state = None
+    for piece in torch.from_numpy(text)[None].split(4096, 1):
+        logits, state = model(piece, state)
+        assert logits.isfinite().all()
+    assert state is not None and all(
+        x.isfinite().all() for x in state.tensors().values() if x.is_floating_point()
+    )

@@ -119,7 +119,7 @@ def _followed(each: Sensitivity) -> str:
     marks = ", ".join(
         f"{each.change[t]:.1e} at {t:,}" for t in (100, 600, 1000, HORIZON - 1) if t < len(each.change)
     )
-    return f"logits {marks}; {each.growth:+.3g} nats per 1,000 tokens"
+    return f"logits {marks}, state {each.state:.1e}; {each.growth:+.3g} nats per 1,000 tokens"
 
 
 def _is_check(path: Path) -> bool:
