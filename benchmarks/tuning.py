@@ -434,7 +434,19 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 def _group(title: str, rows: list[dict[str, Any]]) -> str:
     recall = rows[0]["run"]["task"] == "mqar"
     scores = ["8 in 64", "16 in 128", "32 in 256"] if recall else ["bits per byte", "last half"]
-    head = ["preset", "change", "lr", "own lr", "seed", *scores, "norm", "largest", "|W|", "tokens/s", "size"]
+    head = [
+        "preset",
+        "change",
+        "lr",
+        "own lr",
+        "seed",
+        *scores,
+        "norm",
+        "largest",
+        r"\|W\|",
+        "tokens/s",
+        "size",
+    ]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for row in rows:
         run = row["run"]
