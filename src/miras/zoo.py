@@ -183,7 +183,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": _by_channel(0.02, lr=-2.0, forget=-4.0),
+        "gates": _by_channel(0.02, lr=-2.0, forget=-3.0),
         "initial_scale": 0.5,
     },
     "yaad": {
