@@ -8,12 +8,12 @@ from torch.autograd import forward_ad
 from torch.nn.functional import normalize
 
 import miras
-from miras.core.algorithm import GradientDescent
+from miras.core.algorithm import GradientAscent, GradientDescent
 from miras.core.attention import attention, init_window
 from miras.core.conv import conv
 from miras.core.memory import MLP, Matrix
 from miras.core.observe import observe
-from miras.core.retention import Decay
+from miras.core.retention import Decay, Keep
 from miras.core.rule import Rule, init_state, norm, recurrence
 from miras.core.scan import scan
 
@@ -56,6 +56,52 @@ def test_no_tokens_change_nothing(function):
     state = init_state(RULE, A0)
     y, after = function(RULE, state, draw(0), draw(0), draw(0), gates(RULE, 0))
     assert y.shape == (1, 1, 0, 4) and after is state
+
+
+@pytest.mark.parametrize("function", [scan, recurrence, miras.scan])
+@pytest.mark.parametrize("C", [1, 3])
+def test_documents_of_tokens_with_several_steps_are_each_alone(function, C):
+    rule = Rule(Matrix(), algorithm=GradientDescent(steps=3), chunk_size=C)
+    begin = {"w": torch.randn(1, 1, 4, 4, dtype=torch.float64)}
+    q, k, v = (torch.randn(1, 1, 7, *n, 4, dtype=torch.float64) / 2 for n in ((), (3,), (3,)))
+    g = {
+        "lr": torch.rand(1, 1, 7, 3, dtype=torch.float64),
+        "forget": torch.rand(1, 1, 7, dtype=torch.float64),
+    }
+
+    def read(cut, **masks):
+        inputs = (x[:, :, cut] for x in (q, k, v))
+        gates = {n: x[:, :, cut] for n, x in g.items()}
+        return function(rule, init_state(rule, begin), *inputs, gates, initial=begin, **masks)[0]
+
+    reset = torch.tensor([[False, False, True, False, False, False, True]])
+    alone = torch.cat([read(slice(0, 2)), read(slice(2, 6)), read(slice(6, 7))], 2)
+    torch.testing.assert_close(read(slice(0, 7), reset=reset), alone, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [scan, recurrence, miras.scan])
+def test_steps_uphill_are_bounded_as_those_downhill(function):
+    # By the keys and the size of the steps, whatever their direction; the keys of an open chunk counted too.
+    q, v, g = draw(6), draw(6), {"lr": torch.rand(1, 1, 6) / 2}
+    k = normalize(torch.rand(1, 1, 6, 4), dim=-1)
+    met, lr = (k @ k.mT).abs()[0, 0], g["lr"][0, 0]
+    begin = lambda t: t // 4 * 4  # noqa: E731
+    expected = [lr[t] * (1 - lr[begin(t) : t] * met[t, begin(t) : t]).prod() for t in range(6)]
+    for algorithm, sign in ((GradientDescent(step_bound=1.0), 1), (GradientAscent(step_bound=1.0), -1)):
+        rule = Rule(Matrix(), retention=Keep(), algorithm=algorithm, chunk_size=4)
+        begun = {"w": torch.randn(1, 1, 4, 4)}
+        state = init_state(rule, begun)
+        with observe() as seen:
+            for cut in (slice(0, 2), slice(2, 6)):
+                given = {"lr": g["lr"][:, :, cut]}
+                _, state = function(rule, state, *(x[:, :, cut] for x in (q, k, v)), given)
+        torch.testing.assert_close(seen["memory"]["lr"][0, 0], sign * torch.stack(expected))
+        again = init_state(rule, begun)
+        with torch.no_grad():
+            for t in range(6):  # decoding has a bound of its own
+                *inputs, size = (x[:, :, t : t + 1] for x in (q, k, v, g["lr"]))
+                _, again = function(rule, again, *inputs, {"lr": size})
+        torch.testing.assert_close(again.A["w"], state.A["w"])
 
 
 @pytest.mark.parametrize("function", [scan, recurrence, miras.scan])

@@ -16,7 +16,7 @@ from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
 from miras.nn.gates import BOUNDED, LINKS, Gate, Gates, hard
 from miras.nn.lm import LM
-from miras.nn.memory import MemoryLayer, MemoryReader
+from miras.nn.memory import Features, MemoryLayer, MemoryReader
 from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from miras.zoo import preset
 
@@ -27,6 +27,7 @@ DEEP = Rule(MLP(depth=3, expansion=1, residual=False), chunk_size=5)
 LAYERS = {
     "titans": lambda: MemoryLayer(HIDDEN, HEADS, RULE),
     "matrix": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, head_dim=5, value_dim=3),
+    "turned": lambda: MemoryLayer(HIDDEN, HEADS, RULE, features=Features(scaled=True, rotary=True)),
     "no-conv": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, conv_size=0, initial_scale=0.0),
     "deep": lambda: MemoryLayer(HIDDEN, HEADS, DEEP, head_dim=4, value_dim=7, conv_size=2),
     "window": lambda: AttentionLayer(HIDDEN, HEADS, window_size=5, num_persistent=2),

@@ -16,6 +16,7 @@ from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP
 from miras.core.rule import Rule
 from miras.nn.gates import Gate, Gates
+from miras.nn.memory import Features
 from miras.nn.mixer import Mixer
 from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
@@ -27,6 +28,7 @@ GATES = {
     "momentum": Gate(scale=0.9, per_weight=True),
     "forget": Gate(bias=-1.0, per_weight=True),
 }
+TURNED = Features(scaled=True, rotary=True)  # queries and keys have a position, queries a scale
 Tree = dict[str, Tensor]
 
 
@@ -80,8 +82,8 @@ def unit(x: Tensor) -> Tensor:
 class Memory:
     """A deep memory per head: eq. 13, 14 and 18, gates and keys made from what it is given."""
 
-    def __init__(self, p: Parameters, names: list[str]) -> None:
-        self.p, self.names = p, names
+    def __init__(self, p: Parameters, names: list[str], turned: bool = False) -> None:
+        self.p, self.names, self.turned = p, names, turned
         self.q, self.k, self.v = (Path(p, name) for name in "qkv")
         self.W = [{n: p[f"A0.{n}"][h] for n in ("w1", "w2")} for h in range(H)]
         self.S = [{n: torch.zeros_like(w) for n, w in W.items()} for W in self.W]
@@ -92,11 +94,12 @@ class Memory:
         scale = {"lr": 0.25 * (1 - 0.9), "momentum": 0.9, "forget": 1.0}
         return {n: scale[n.split(".")[0]] * sigmoid(part) for n, part in zip(self.names, raw, strict=True)}
 
-    def write(self, x: Tensor) -> None:
+    def write(self, x: Tensor, position: int = 0) -> None:
         if self.count % CHUNK == 0:
             self.anchor, self.met = [dict(W) for W in self.W], []
         self.count += 1
         k, v, gates = unit(self.k(x)), self.v(x), self.gates(x)
+        k = Attention.turn(k, position) if self.turned else k
         lr = {n: gates[f"lr.{n}"].clone() for n in ("w1", "w2")}
         for n in lr:
             for key, step in self.met:
@@ -109,8 +112,9 @@ class Memory:
                 self.S[h][n] = gates[f"momentum.{n}"][h] * self.S[h][n] - lr[n][h] * grad[n]
                 self.W[h][n] = (1 - gates[f"forget.{n}"][h]) * self.W[h][n] + self.S[h][n]
 
-    def read(self, q: Tensor, W: list[Tree]) -> Tensor:
-        return torch.cat([oracles._mlp(unit(q[h]), W[h]) for h in range(H)])
+    def read(self, q: Tensor, W: list[Tree], position: int = 0) -> Tensor:
+        q = Attention.turn(unit(q), position) / math.sqrt(HEAD) if self.turned else unit(q)
+        return torch.cat([oracles._mlp(q[h], W[h]) for h in range(H)])
 
 
 class Attention:
@@ -143,9 +147,9 @@ class Attention:
         return torch.cat(out)
 
 
-def mac(p: Parameters, names: list[str], x: Tensor, pool: int) -> Tensor:
+def mac(p: Parameters, names: list[str], x: Tensor, pool: int, turned: bool = False) -> Tensor:
     """eq. 21 to 25, causal: h_t = M_{t-1}(q_t), y = Attn(P || h || S), M_t = M_{t-1}(y), o = y (x) M_t(y)."""
-    memory, attention = Memory(p.under("memory."), names), Attention(p.under("attention."))
+    memory, attention = Memory(p.under("memory."), names, turned), Attention(p.under("attention."))
     asking = Path(p.under("memory."), "q")  # W_Q on x; memory.q is W_Q on y
     queries: list[Tensor] = []
     outputs = []
@@ -155,13 +159,13 @@ def mac(p: Parameters, names: list[str], x: Tensor, pool: int) -> Tensor:
         for j in range(start, min(start + SEGMENT, T)):
             queries.append(asking(x[j]))
             if (j - start) % pool == pool - 1:
-                read = memory.read(sum(queries[-pool:]) / pool, before)
+                read = memory.read(sum(queries[-pool:]) / pool, before, j)
                 h = rms(p["read.weight"] @ read, p["norm_context.weight"])
                 seen.append(attention.key(h, j))
             seen.append(attention.key(x[j], j))
             y = p["attended.weight"] @ attention(x[j], j, seen)
-            memory.write(y)
-            m = p["read.weight"] @ memory.read(memory.q(y), memory.W)
+            memory.write(y, j)
+            m = p["read.weight"] @ memory.read(memory.q(y), memory.W, j)
             outputs.append(p["out.weight"] @ (y * sigmoid(rms(m, p["norm_gate.weight"]))))
     return torch.stack(outputs)
 
@@ -203,6 +207,12 @@ WIRINGS = {
     "mac-pooled": (
         lambda: MemoryAsContext(D, H, RULE, gates=GATES, segment_size=SEGMENT, num_persistent=2, pool=3),
         lambda p, names, x: mac(p, names, x, 3),
+    ),
+    "mac-turned": (
+        lambda: MemoryAsContext(
+            D, H, RULE, gates=GATES, segment_size=SEGMENT, num_persistent=2, pool=2, features=TURNED
+        ),
+        lambda p, names, x: mac(p, names, x, 2, turned=True),
     ),
     "mag": (
         lambda: MemoryAsGate(D, H, RULE, gates=GATES, window_size=WINDOW, num_persistent=2),

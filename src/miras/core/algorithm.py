@@ -164,9 +164,9 @@ class Muon(Algorithm):
         return "a vector has nothing to orthogonalise" if rule.memory.elementwise else None
 
 
-def bound_factors(overlap: Tensor, lr: Tensor, strength: float) -> Tensor:
-    """prod_j max(0, 1 - strength |lr_j| overlap_tj): overlap (..., T, J), lr (..., J) -> (..., T)."""
-    return (1 - strength * lr.abs()[..., None, :] * overlap).clamp_min(0).prod(-1)
+def bound_factors(overlap: Tensor, size: Tensor, strength: float) -> Tensor:
+    """prod_j max(0, 1 - strength |lr_j| overlap_tj): overlap (..., T, J), size |lr| (..., J) -> (..., T)."""
+    return (1 - strength * size[..., None, :] * overlap).clamp_min(0).prod(-1)
 
 
 def _check_bound(name: str, algorithm: Algorithm) -> None:
