@@ -262,3 +262,9 @@ def test_features_that_have_no_meaning():
     with refused("Features: unknown activation 'gelu'; choose one of silu, identity, elu1"):
         Features(activation="gelu")
     assert replace(Features(), keys="query").keys == "query"
+
+
+@pytest.mark.parametrize("name", ["window_size", "vocab_size", "segment_size"])
+def test_sizes_that_no_tensor_has_are_refused(name: str):
+    with pytest.raises(ValueError, match=f"{name} must be at most 2147483647, got {1 << 70}"):
+        ModelConfig(**{name: 1 << 70})

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.table import Table
 
 from miras.cli import main
@@ -149,3 +150,11 @@ def test_nothing_commands_the_terminal(capsys: pytest.CaptureFixture[str], monke
     assert main(["session", "show", evil]) == 2
     said = capsys.readouterr().err
     assert "a]0;owned2Jb" in said and not set("\x1b\x07\x9b\u202e") & set(said)
+
+
+def test_what_was_loaded_is_no_longer_the_file(place: Path, tiny: Make):
+    """Copying another file over an open session's must not change it, nor end the program."""
+    session = Session.load("a.miras", tiny(), ByteTokenizer())
+    before = {name: x.clone() for name, x in session.now.state.tensors().items()}
+    (place / "a.miras").write_bytes(b"")
+    assert all(torch.equal(x, before[name]) for name, x in session.now.state.tensors().items())

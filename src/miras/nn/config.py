@@ -21,6 +21,9 @@ from miras.nn.memory import TITANS_FEATURES, TITANS_RULE, Features
 FORMAT_VERSION = 1
 """Version of the dictionaries that `ModelConfig.to_dict` writes; older ones stay readable."""
 
+LARGEST = 2**31 - 1
+"""No size is larger: those of tensors are products of a few."""
+
 AXES: dict[str, tuple[type, ...]] = {
     "memory": MEMORIES,
     "bias": BIASES,
@@ -122,6 +125,10 @@ class ModelConfig(Typed):
             )
         if not isinstance(self.rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"ModelConfig: rule must be a Rule(...), got {self.rule!r}")
+        sizes = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in [*sizes.items(), ("chunk_size", self.rule.chunk_size)]:
+            if isinstance(value, int) and value > LARGEST:
+                raise ValueError(f"ModelConfig: {name} must be at most {LARGEST}, got {value}")
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ModelConfig: {name} must be at least 1, got {getattr(self, name)}")

@@ -172,7 +172,8 @@ def read_sealed(
         with safe_open(path, "pt") as file:
             told = dict(file.metadata() or {})
             names = list(file.keys()) if with_tensors else []
-            tensors = {name: file.get_tensor(name) for name in names}
+            # Copies: what is mapped changes, or ends the program, when another one writes over the file.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt or cut off: {error}") from error
     kind = told.get("format")
