@@ -173,6 +173,21 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --chunk-size -1", "chunk_size"),
         ("train --out r --window-size -1", "window_size must be at least 1, got -1"),
         ("train --out r --num-persistent -1", "num_persistent must be at least 0, got -1"),
+        (
+            "train --out r --preset titans-mac --window-size 8",
+            "window_size is read by layers of attention, mag",
+        ),
+        (
+            "train --out r --preset transformer --chunk-size 4",
+            "chunk_size is read by layers of memory, mac, mag",
+        ),
+        ("train --out r --preset titans-mag --segment-size 64", "segment_size is read by layers of mac only"),
+        ("train --out r --preset titans-lmm --num-persistent 2", "and this model has memory; leave it out"),
+        (
+            "info titans-mac --window-size 8",
+            "titans-mac: window_size is read by layers of attention, mag, mal",
+        ),
+        ("check-training titans-lmm --window-size 8", "window_size is read by layers of attention, mag, mal"),
         ("train --out r --steps 0", "--steps must be at least 1, got 0"),
         ("train --out r --batch-size -4", "--batch-size must be at least 1, got -4"),
         ("train --out r --seq-len -16", "--seq-len must be at least 1, got -16"),

@@ -19,7 +19,7 @@ from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer, prepare
 from miras.evaluate.describe import describe, design_space, features
 from miras.evaluate.stream import Curve, stream_curve
-from miras.nn.config import ModelConfig
+from miras.nn.config import ModelConfig, unread_sizes
 from miras.nn.folder import model_hash, read_config
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
@@ -42,6 +42,8 @@ def info(options: InfoOptions) -> int:
     name, as_json, trusted = (sizes.pop(n) for n in ("model", "json", "trust_remote_code"))
     given = {field: value for field, value in sizes.items() if value is not None}
     config = override(_config(name, trusted), **given)
+    if reason := unread_sizes(config.pattern, given):
+        raise ValueError(f"{name}: {reason}")
     found = describe(config)
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False, default=str))

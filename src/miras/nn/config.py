@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,28 @@ def segment_refusal(segment_size: int, chunk_size: int, pool: int) -> str | None
         )
     if pool < 1 or segment_size % pool:
         return f"pool must divide segment_size {segment_size}, got {pool}"
+    return None
+
+
+READERS: dict[str, tuple[str, ...]] = {
+    "chunk_size": ("memory", "mac", "mag", "mal"),
+    "window_size": ("attention", "mag", "mal"),
+    "num_persistent": ("attention", "mac", "mag", "mal"),
+    "segment_size": ("mac",),
+    "pool": ("mac",),
+}
+"""Which mixers read a size; all read the others."""
+
+
+def unread_sizes(pattern: tuple[str, ...], given: Iterable[str]) -> str | None:
+    """Which of the given sizes no layer of a pattern reads, as a reason to refuse them, or None."""
+    for name in given:
+        readers = READERS.get(name, pattern)
+        if not set(readers) & set(pattern):
+            return (
+                f"{name} is read by layers of {', '.join(readers)} only, and this model has {', '.join(pattern)}; "
+                f"leave it out, or choose a model or a pattern with such layers"
+            )
     return None
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from miras.data.text import read_documents
-from miras.nn.config import ModelConfig
+from miras.nn.config import ModelConfig, unread_sizes
 from miras.nn.folder import read_config
 from miras.nn.threads import check_seed, set_threads
 from miras.system.files import check_place, write_atomically
@@ -75,7 +75,10 @@ def _config(options: CheckOptions) -> ModelConfig:
         "segment_size",
     )
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
-    return override(config, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    if reason := unread_sizes(config.pattern, given):
+        raise ValueError(f"{options.model}: {reason}")
+    return override(config, **given)
 
 
 def _console() -> Console:
