@@ -138,7 +138,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("stream model text.txt --save-state text.txt/s", "--save-state text.txt/s cannot be written"),
         ("stream model bad.gz", "bad.gz is damaged or not what its name says"),
         (
-            "info titans-mag --hidden-size 1000000000000",
+            "info titans-mag --hidden-size 1000000000",
             "this does not fit into memory; choose smaller sizes",
         ),
         ("info deep", "config.json is not valid JSON"),

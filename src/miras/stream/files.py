@@ -190,7 +190,7 @@ def read_sealed(
     head = {name: value for name, value in told.items() if name != "header_sha256"}
     if told.get("header_sha256", _digest({}, head)) != _digest({}, head):
         raise ValueError(
-            f"{path} is corrupt: the checksum of its header differs, a byte has changed since it was saved"
+            f"{path} is corrupt: its checksum differs, a byte of its header has changed since it was saved"
         )
     if with_tensors and _digest(tensors, told) != checksum:
         raise ValueError(f"{path} is corrupt: its checksum differs, a byte has changed since it was saved")

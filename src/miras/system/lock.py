@@ -38,6 +38,7 @@ def hold(path: str | Path, advice: str, name: str | None = None) -> Iterator[Non
         return
     lock = path.with_name(f".{path.name}.lock")
     with Held(), naming(path):
+        made = not path.parent.exists()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = _acquire(lock, name, advice)
         _held.add(path)
@@ -50,6 +51,9 @@ def hold(path: str | Path, advice: str, name: str | None = None) -> Iterator[Non
             with contextlib.suppress(OSError):
                 lock.unlink()
             os.close(handle)
+            if made:  # what could not begin leaves no empty folder
+                with contextlib.suppress(OSError):
+                    path.parent.rmdir()
 
 
 def _acquire(lock: Path, name: str, advice: str) -> int:
