@@ -145,7 +145,7 @@ def test_what_the_model_refuses_is_refused():
     fast = miras.Compiled(model, backend="eager")
     with pytest.raises(ValueError, match="tokens must be"):
         fast(tokens[:, 10:11].int(), state)
-    with pytest.raises(ValueError, match="the state has 2 rows and the tokens"):
+    with pytest.raises(ValueError, match="it has 2 layers, this one 1"):
         fast(tokens[:, 10:11], LMState(state.layers * 2, state.tokens))
 
 
