@@ -171,7 +171,7 @@ def test_what_is_cut_off_foreign_or_newer_is_refused_by_name(
         path.write_bytes(data[:size])
         refused("corrupt or cut off")
     path.write_bytes(data.replace(b"[50]", b"[51]"))
-    refused("checksum of its header differs")
+    refused("checksum differs")
     monkeypatch.setattr(files, "FORMAT_VERSION", 2)
     session.save(path)
     monkeypatch.undo()
