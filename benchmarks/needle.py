@@ -56,7 +56,7 @@ def main() -> None:
         parser.error("--filler books needs --books FOLDER, a folder of texts")
     lengths = options.lengths or (list(SAMPLES) if options.full else [2048, 16_384])
     needles = options.needles or ([1, 2, 4] if options.full else [1])
-    models = {n: m for n, m in load(options.models).items() if options.only in (None, n)}
+    models = load(options.models, NAMES if options.only is None else (options.only,))
 
     rows: list[dict[str, Any]] = []
     if options.write is not None and options.write.exists():

@@ -10,10 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from miras.data.fillers import HELDOUT
 from miras.data.needle import NeedleTask
 from miras.data.novel import load_novel
 from miras.demo import needle_act as act_one
-from miras.demo.needle import STEPS, load, needle_config, needle_configs
+from miras.demo.needle import STAGES, STEPS, Stage, load, needle_config, needle_configs, retrain
 from miras.demo.needle_act import other_texts, shipped_accuracy, shipped_rows
 from miras.demo.options import DemoOptions
 from miras.demo.reading_act import new_run, rank_correlation, reading_config, train_for
@@ -64,23 +65,48 @@ def test_the_shipped_models_are_the_recipe_s_and_small():
     for name, model in models.items():
         assert model.config == configs[name]
         file = resources.files("miras.demo") / "assets" / name / "model.safetensors"
-        assert len(file.read_bytes()) < 600_000
+        assert len(file.read_bytes()) < 900_000
     assert models["memory"].num_parameters() == pytest.approx(models["twin"].num_parameters(), rel=0.01)
-    assert needle_config().rule.chunk_size == 16 and STEPS > 0
+    assert needle_config().rule.chunk_size == 1 and STEPS > 0
+    assert max(length for stage in STAGES for length in stage.lengths) == 2048, "as the page says"
 
 
-def test_the_shipped_memory_finds_needles_eight_times_as_far_as_it_was_trained():
-    found = {
-        name: needle_accuracy(m, NeedleTask(16_384), n=6, batch_size=6, seed=5) for name, m in load().items()
-    }
-    assert found["memory"].accuracy == 1.0 and found["twin"].accuracy == 0.0
+@pytest.mark.parametrize("filler", HELDOUT)
+def test_the_shipped_memory_finds_needles_eight_times_as_far_as_it_was_trained_in_texts_it_never_saw(
+    filler,
+):
+    task = NeedleTask(16_384, filler=filler)
+    found = {name: needle_accuracy(m, task, n=3, batch_size=3, seed=5) for name, m in load().items()}
+    assert found["memory"].correct >= 2 and found["twin"].correct == 0
+
+
+def test_a_stopped_training_of_needle_models_goes_on_with_the_same_numbers(tmp_path):
+    few = {"lr": 1e-3, "min_lr": 0.1, "tokens_per_step": 256}
+    stages = (Stage(steps=2, lengths=(128,), **few), Stage(steps=2, lengths=(128, 192), **few))
+    told: list[tuple[str, float]] = []
+    whole = retrain(tmp_path / "whole", 3, lambda n, row: told.append((n, row["step"])), stages)
+    assert told == [*(("memory", step) for step in range(4)), ("twin", 0), ("twin", 1)]
+
+    def stop(name: str, row: dict[str, float]) -> None:
+        if (name, row["step"]) == ("memory", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        retrain(tmp_path / "parts", 3, stop, stages)
+    told.clear()
+    parts = retrain(tmp_path / "parts", 3, lambda n, row: told.append((n, row["step"])), stages)
+    assert told[:2] == [("memory", 2), ("memory", 3)], "the first stage is not trained again"
+    for name, model in whole.items():
+        pairs = zip(model.parameters(), parts[name].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+        assert load(tmp_path / "parts")[name].config == model.config
 
 
 def test_the_shipped_accuracy_is_marked_as_measured_before():
     shown = shipped_accuracy(shipped_rows())
     assert shown is not None and shown.precomputed and "benchmarks/needle.py" in shown.command
     memory, twin = (dict((p.context, p) for p in s.points) for s in shown.series)
-    assert set(memory) == set(twin) == {2048, 16_384, 131_072, 1_000_000}
+    assert set(memory) >= {2048, 16_384, 131_072} and set(twin) >= {2048, 16_384}
 
 
 def test_every_text_that_was_measured_is_in_the_table_beside_the_chart():
@@ -89,9 +115,10 @@ def test_every_text_that_was_measured_is_in_the_table_beside_the_chart():
     assert {(h.context, h.memory, h.n) for h in table} == {
         (r["length"], 100 * r["accuracy"], r["n"])
         for r in rows
-        if r["model"] == "memory" and r["length"] <= 16_384
+        if r["model"] == "memory"
+        and any((o["model"], o["filler"], o["length"]) == ("twin", r["filler"], r["length"]) for o in rows)
     }
-    assert table[0].name == "this filler" and "a novel" in {h.name for h in table}
+    assert {h.name for h in table} >= {"this filler", "a novel's last chapters", "lorem ipsum", "digits"}
 
 
 def test_training_stops_on_time_however_busy_the_machine_becomes(monkeypatch):

@@ -1,12 +1,14 @@
-"""The needle model: 0.1M parameters, trained on contexts of at most 2048 bytes, read at any length.
+"""The needle model: 0.2M parameters, trained on contexts of at most 2048 bytes, read at any length.
 
 The recipe is the committed one: `retrain` makes the shipped models anew. A memory that is to hold a number for a
-million bytes must write nothing on filler. So its gates are hard (they can be exactly 0) and training asks a small
-price for opening them once needles are found at all.
+million bytes of any text must write nothing on filler. So its gates are hard (they can be exactly 0), training asks a
+small price for opening them once needles are found at all, and the filler is of many kinds. It is trained in stages:
+to keep a number, then values of all kinds, then to keep them for long.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -14,39 +16,87 @@ import torch
 
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import Matrix
+from miras.core.retention import Keep
 from miras.core.rule import Rule
+from miras.data.fillers import mixture
+from miras.data.needle import Curriculum, NeedleTask
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
+from miras.train.checkpoint import checkpoints
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import NeedleTraining
 from miras.zoo import attention_twin, preset
 
-STEPS = 1400
-SETTINGS = Settings(
-    steps=STEPS, lr=3e-3, min_lr=0.02, warmup=50, weight_decay=0.01, beta1=0.9, beta2=0.98, write_price=0.2
-)
 NAMES = ("memory", "twin")
+KEYS = ("letters", "word", "number", "code")
+VALUES = ("number", "word", "code")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One part of the training: so many steps, at these lengths, with keys and values of these kinds."""
+
+    steps: int
+    lr: float
+    min_lr: float
+    lengths: tuple[int, ...]
+    keys: tuple[str, ...] = KEYS
+    values: tuple[str, ...] = VALUES
+    tokens_per_step: int = 4096
+
+    def task(self, seed: int, books: Sequence[bytes]) -> NeedleTraining:
+        """Its needles, in the mixture of fillers and in books of one's own."""
+        first = NeedleTask(self.lengths[0], filler=mixture(books), keys=self.keys, values=self.values)
+        return NeedleTraining(
+            tokens_per_step=self.tokens_per_step,
+            seed=seed,
+            curriculum=Curriculum(lengths=self.lengths),
+            kind=first,
+        )
+
+    def settings(self) -> Settings:
+        """How its optimizer steps."""
+        return Settings(
+            steps=self.steps,
+            lr=self.lr,
+            min_lr=self.min_lr,
+            warmup=50,
+            weight_decay=0.01,
+            beta1=0.9,
+            beta2=0.98,
+            write_price=0.2,
+        )
+
+
+STAGES = (
+    Stage(steps=500, lr=3e-3, lengths=(128, 192, 256), keys=("letters",), values=("number",), min_lr=0.5),
+    Stage(steps=250, lr=2e-3, lengths=(128, 192, 256), min_lr=0.5),
+    Stage(steps=1300, lr=1.5e-3, lengths=(256, 384, 512, 768, 1024, 1536, 2048), min_lr=0.02),
+)
+STEPS = sum(stage.steps for stage in STAGES)
+"""Of the model with memory."""
 
 
 def needle_config() -> ModelConfig:
-    """Sliding-window attention over 64 bytes, then a linear memory; hard gates, chunks of 16."""
+    """Two layers of attention over 32 bytes, then a linear memory with an exact delta rule and a hard gate.
+
+    Nothing is forgotten but what is written over, so that only the write gate has to know filler from needles.
+    """
     return preset(
         "swa-lmm",
+        pattern=("attention", "attention", "memory"),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         num_heads=2,
-        window_size=64,
+        head_dim=64,
+        window_size=32,
         num_persistent=0,
-        rule=Rule(Matrix(), algorithm=GradientDescent(momentum=True, step_bound=2.0), chunk_size=16),
-        gates={
-            "lr": Gate(link="hard", scale=0.8),
-            "momentum": Gate(scale=0.5),
-            "forget": Gate(link="hard", bias=-3.0),
-        },
+        rule=Rule(Matrix(), retention=Keep(), algorithm=GradientDescent(), chunk_size=1),
+        gates={"lr": Gate(link="hard")},
         initial_scale=0.0,
         tie_word_embeddings=True,
     )
@@ -59,26 +109,52 @@ def needle_configs() -> dict[str, ModelConfig]:
 
 
 def retrain(
-    folder: Path, seed: int, show: Callable[[str, dict[str, float]], None], steps: int = STEPS
+    folder: Path,
+    seed: int,
+    show: Callable[[str, dict[str, float]], None],
+    stages: Sequence[Stage] = STAGES,
+    books: Sequence[bytes] = (),
+    names: Sequence[str] = NAMES,
 ) -> dict[str, LM]:
-    """Train both by the recipe and write them to folder/memory and folder/twin."""
+    """Train the models by the recipe and write them to folder/memory and folder/twin.
+
+    The twin has the first stage only: later ones are of what is farther than it sees, and taught it nothing. What a
+    stopped run left in folder/runs goes on from there. `show` gets a row for each step, counted over all
+    stages. `books` are texts to train on beside the mixture.
+    """
     models: dict[str, LM] = {}
-    for name, config in needle_configs().items():
+    for name in names:
         torch.manual_seed(seed)
-        run = Run(LM(config), NeedleTraining(seed=seed), SETTINGS)
-        longest = 0.0
-        for row in run.until(steps):
-            longest = row["longest"]
-            show(name, row)
-        about = {"steps": steps, "seed": seed, "tokens": run.tokens, "longest": longest}
-        save_model(run.model, folder / name, {"recipe.json": json.dumps(about).encode()})
-        models[name] = run.model
+        model = LM(needle_configs()[name])
+        before, tokens, longest = 0, 0, 0.0
+        for number, stage in enumerate(stages if name == "memory" else stages[:1]):
+            task, place = stage.task(seed + number, books), folder / "runs" / name / f"stage-{number}"
+            there = checkpoints(place) if place.exists() else []
+            settings = stage.settings()
+            run = Run.load(there[-1], task, settings) if there else Run(model, task, settings)
+            for row in run.until(stage.steps):
+                longest = row["longest"]
+                if run.step % 200 == 0:
+                    run.save(place, {}, {}, keep=1)
+                show(name, row | {"step": before + row["step"], "tokens": tokens + row["tokens"]})
+            run.save(place, {}, {}, keep=1)
+            model, before, tokens = run.model, before + stage.steps, tokens + run.tokens
+        about = {
+            "command": "miras demo --retrain-needle",
+            "steps": before,
+            "seed": seed,
+            "tokens": tokens,
+            "longest": longest,
+            "books": len(books),
+        }
+        save_model(model, folder / name, {"recipe.json": json.dumps(about).encode()})
+        models[name] = model
     return models
 
 
-def load(folder: Path | None = None) -> dict[str, LM]:
-    """The two models: the shipped ones, or those in a folder that `retrain` wrote."""
+def load(folder: Path | None = None, names: Sequence[str] = NAMES) -> dict[str, LM]:
+    """The two models, or some of them: the shipped ones, or those in a folder that `retrain` wrote."""
     if folder is not None:
-        return {name: load_model(folder / name).eval() for name in NAMES}
+        return {name: load_model(folder / name).eval() for name in names}
     with resources.as_file(resources.files("miras.demo") / "assets") as assets:
-        return {name: load_model(assets / name).eval() for name in NAMES}
+        return {name: load_model(assets / name).eval() for name in names}

@@ -11,7 +11,9 @@ class DemoOptions:
     out: Path = Path("demo")
     """Folder for the report, the model and the saved memory."""
     retrain_needle: bool = False
-    """Train the needle model and its twin anew, in about ten minutes, and put them in OUT instead."""
+    """Train the needle model and its twin anew, in a quarter of an hour, and put them in OUT instead."""
+    books: Path | None = None
+    """With --retrain-needle: a folder of texts to train on beside the mixture of fillers."""
     needle_bytes: int = 1_000_000
     """Bytes of filler and needle that are read in act one, fewer on a machine that is too slow for them."""
     reading_seconds: float = 95.0

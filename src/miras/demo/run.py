@@ -8,9 +8,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from miras.data.fillers import read_books
 from miras.data.novel import load_novel
 from miras.demo.meter import Clock, bar
-from miras.demo.needle import STEPS, load, retrain
+from miras.demo.needle import STAGES, STEPS, load, retrain
 from miras.demo.needle_act import needle_act
 from miras.demo.options import DemoOptions
 from miras.demo.reading_act import reading_act, surprise_act
@@ -144,10 +145,12 @@ def headline(first: NeedleAct, second: LearningAct) -> list[HeadlineRow]:
 
 def _retrained(options: DemoOptions, console: Console) -> dict[str, LM]:
     """Both needle models, trained anew by the committed recipe."""
-    with bar(console, "training needle models", 2 * STEPS) as show:
+    with bar(console, "training needle models", STEPS + STAGES[0].steps) as show:
 
         def tell(name: str, row: dict[str, float]) -> None:
             done = row["step"] + 1 + (STEPS if name == "twin" else 0)
             show(done, f"{name}: accuracy {row['accuracy']:.2f} at {row['length']:,.0f} bytes")
 
-        return {n: m.eval() for n, m in retrain(options.out / "needle", options.seed, tell).items()}
+        books = read_books(options.books) if options.books is not None else ()
+        made = retrain(options.out / "needle", options.seed, tell, books=books)
+        return {n: m.eval() for n, m in made.items()}
