@@ -471,3 +471,46 @@ def test_a_model_reads_nothing():
     model = LM(preset("swa-lmm", hidden_size=16, num_heads=2, num_hidden_layers=2, window_size=4))
     logits, state = model(torch.zeros(1, 0, dtype=torch.long))
     assert logits.shape == (1, 0, 256) and int(state.tokens) == 0
+
+
+TAPS = {"conv_size": 2}
+OTHERS = {
+    "convolution": (
+        LAYERS["titans"],
+        lambda: MemoryLayer(HIDDEN, HEADS, RULE, **TAPS),
+        "look back 3 tokens, these 1",
+    ),
+    "no convolution": (
+        LAYERS["titans"],
+        lambda: MemoryLayer(HIDDEN, HEADS, RULE, conv_size=0),
+        "look back 3 tokens, these 0",
+    ),
+    "positions": (LAYERS["turned"], LAYERS["titans"], "the state is not one of this layer: position"),
+    "no positions": (LAYERS["titans"], LAYERS["turned"], "the state is not one of this layer: position"),
+    "keys": (
+        LAYERS["no-conv"],
+        lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, conv_size=0, features=Features(keys="query")),
+        "the state is not one of this layer: tails",
+    ),
+    "window": (
+        LAYERS["window"],
+        lambda: AttentionLayer(HIDDEN, HEADS, window_size=6),
+        "5 keys, this one's 6",
+    ),
+    "shorter window": (LAYERS["window"], lambda: AttentionLayer(HIDDEN, HEADS, window_size=4), "5 keys"),
+    "all": (LAYERS["full"], lambda: AttentionLayer(HIDDEN, HEADS, head_dim=4, window_size=4), "26 keys"),
+    "segment": (LAYERS["mac"], lambda: MemoryAsContext(HIDDEN, HEADS, RULE, segment_size=16), "16 keys"),
+    "pool": (LAYERS["mac-pooled"], LAYERS["mac"], "the state is not one of this layer: tails"),
+    "no pool": (LAYERS["mac"], LAYERS["mac-pooled"], "the state is not one of this layer: tails"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_a_state_of_another_layer_is_refused_whose_numbers_would_fit(kind):
+    one, other, message = OTHERS[kind]
+    x = torch.randn(1, T, HIDDEN)
+    _, state = one()(x)
+    for tokens in (1, T):
+        with refused(ValueError, message):
+            other()(x[:, :tokens], state)

@@ -57,6 +57,14 @@ class AttentionReader(Mixer):
 
         `there` (B, m T) bool leaves some of the context out.
         """
+        places = (self.window_size or 0) * self.keys_per_token
+        if self.window_size is not None and state.k.shape[2] not in (
+            0,
+            places,
+        ):  # 0: emptied for a new segment
+            raise ValueError(
+                f"the state belongs to another layer: its window holds {state.k.shape[2]} keys, this one's {places}"
+            )
         q = heads(self.q(x), self.num_heads)
         k, v = (heads(linear(context), self.num_heads) for linear in (self.k, self.v))
         state = Window(state.k.to(k.dtype), state.v.to(v.dtype), state.position, state.next, state.start)

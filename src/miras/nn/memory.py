@@ -237,6 +237,10 @@ class MemoryReader(Mixer):
         return compiles(self.rule) and (size == 1 or max(known(state.memory.phase), default=0) + 1 < size)
 
     def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
+        if state.tails.keys() != set(self.paths) or bool(state.position) != self.features.rotary:
+            raise ValueError(
+                "the state belongs to another layer: its features have other projections, or no rotary positions"
+            )
         parts, tails, precise = {}, {}, self.gates.dtype()
         for name in self.paths:
             y, tails[name] = getattr(self, name)(x, state.tails[name], rows)

@@ -111,6 +111,11 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor, tail: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         y, taps = self.proj(x), self.conv
+        back = 0 if taps is None else taps.shape[1] - 1
+        if tail.shape[1] != back:
+            raise ValueError(
+                f"the state belongs to another layer: its convolutions look back {tail.shape[1]} tokens, these {back}"
+            )
         if taps is not None:
             y, tail = conv(y, tail.to(y.dtype), taps.to(y.dtype), length=rows.length, reset=rows.reset)
         return self.activation(y), tail

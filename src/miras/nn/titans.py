@@ -260,12 +260,18 @@ class MemoryAsContext(Mixer):
 
     def _context(self, x: Tensor, state: ContextState, rows: Rows) -> tuple[Tensor, Tensor | None, Tree]:
         """The memory tokens h (B, n, hidden) of x, which of the (B, 2 n) tokens are there, and the new tails."""
+        pooled = state.tails.get("pooled", x[:, :0])
+        if pooled.shape[1] + 1 != self.pool:
+            raise ValueError(
+                f"the state belongs to another layer: its memory tokens pool {pooled.shape[1] + 1} tokens, these "
+                f"{self.pool}"
+            )
         asked, tail = self.memory.q(x, state.tails["q"], rows)
         tails, there = {"q": tail}, None
         if self.pool > 1:
             mean = asked.new_full((asked.shape[-1], self.pool), 1 / self.pool)
             asked, tails["pooled"] = conv(
-                asked, state.tails["pooled"].to(asked.dtype), mean, length=rows.length, reset=rows.reset
+                asked, pooled.to(asked.dtype), mean, length=rows.length, reset=rows.reset
             )
             there = self._last_of_pool(state, rows, x.shape[1])
         read = self.memory.recall(asked, state.frozen, state.memory.position, rows)
