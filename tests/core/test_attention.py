@@ -148,7 +148,7 @@ def test_two_documents_begin_in_one_window(size):
     torch.testing.assert_close(last[0, :, 0], expected[:, -1], rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("position", [1, 4097, FAR, FAR + 12_345, 2**24 + 1, 2**40 + 1])
+@pytest.mark.parametrize("position", [1, 4097, FAR, FAR + 12_345, 2**24 + 1])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_rotary_angles_are_exact_far_out(position, dtype):
     half, theta = 16, 10_000
