@@ -199,8 +199,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             algorithm=GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": _by_channel(0.35, lr=-2.5, forget=-5.0),
-        "initial_scale": 0.7,
+        "gates": _by_channel(0.25, lr=0.0, forget=-5.0),
+        "initial_scale": 1.5,
     },
 }
 

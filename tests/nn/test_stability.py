@@ -14,12 +14,12 @@ from torch.nn.functional import normalize
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix
-from miras.core.rule import Rule, init_state, norm
+from miras.core.rule import Rule, anchor_weights, base_of, init_state, norm
 from miras.core.scan import scan
 from miras.data.novel import load_novel
 from miras.nn.gates import Gate, Gates
 from miras.nn.lm import LM
-from miras.nn.memory import MemoryLayer, MemoryState
+from miras.nn.memory import MemoryLayer, MemoryReader, MemoryState
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask
@@ -65,14 +65,16 @@ def streams(length=T):
     return torch.stack([torch.full((length,), 101), torch.randint(256, (length,), generator=g), novel])
 
 
-def sizes(state):
+def sizes(model, state):
     """|W| of every memory in a state at its last chunk's start, (memories, rows, heads)."""
-    if isinstance(state, MemoryState):
-        return norm(state.memory.anchor)[None]
-    parts = [
-        part if isinstance(part, MemoryState) else getattr(part, "memory", None) for part in state.layers
-    ]
-    found = [sizes(part) for part in parts if part is not None]
+    parts = [state] if isinstance(state, MemoryState) else list(state.layers)
+    parts = [part if isinstance(part, MemoryState) else getattr(part, "memory", None) for part in parts]
+    readers = [module for module in model.modules() if isinstance(module, MemoryReader)]
+    found = []
+    for reader, part in zip(readers, [part for part in parts if part is not None], strict=True):
+        anchor, rule = part.memory.anchor, reader.rule
+        base = base_of(rule, reader.A0(len(part.memory.phase)))
+        found.append(norm(anchor_weights(rule, anchor, base))[None])
     return torch.cat(found) if found else torch.zeros(0)
 
 
@@ -85,7 +87,7 @@ def read(model, x):
         parts = {"output": y, **state.tensors()}
         bad = [name for name, part in parts.items() if not part.isfinite().all()]
         assert not bad, f"not finite within tokens {at} to {at + PIECE}: {bad}"
-        found.append(sizes(state))
+        found.append(sizes(model, state))
     return torch.stack(found)
 
 

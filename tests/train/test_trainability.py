@@ -143,7 +143,7 @@ def test_refusals() -> None:
         ("ttt-linear", 0.9),
         ("ttt-mlp", 0.9),
         ("yaad", 0.9),
-        ("memora", 0.9),
+        ("memora", 0.3),
         ("moneta", 0.2),
     ],
 )
