@@ -21,18 +21,11 @@ from miras.data.novel import load_novel
 from miras.nn.lm import LM
 from miras.train.check import HORIZON, follow_change
 from miras.train.loop import Run
-from miras.train.options import Settings
+from miras.train.options import CHECK_SIZES, Settings
 from miras.train.tasks import TextTask
 from miras.zoo import preset, presets
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "window_size": 64,
-    "segment_size": 64,
-    "num_persistent": 4,
-}
+SIZES = CHECK_SIZES | {"hidden_size": 32}
 LENGTH = 8192
 
 

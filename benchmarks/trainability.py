@@ -21,17 +21,11 @@ import torch
 from miras.nn.config import ModelConfig
 from miras.system.files import write_atomically
 from miras.train.check import TrainingCheck, check_training
+from miras.train.options import CHECK_SIZES
 from miras.zoo import preset, presets
 
 FILE = Path(__file__).parent.parent / "tests/train/trainability.json"
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "window_size": 64,
-    "segment_size": 64,
-    "num_persistent": 4,
-}
+SIZES = CHECK_SIZES | {"hidden_size": 32}
 TRAINING: dict[str, Any] = {"steps": 60, "batch_size": 1, "seq_len": 512}
 SEEDS = {3e-3: range(5), 1e-3: range(1)}
 MARGIN = 1.02

@@ -9,16 +9,10 @@ import torch
 
 from miras.data.novel import load_novel
 from miras.nn.lm import LM
+from miras.train.options import CHECK_SIZES
 from miras.zoo import preset, presets
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "window_size": 64,
-    "segment_size": 64,
-    "num_persistent": 4,
-}
+SIZES = CHECK_SIZES | {"hidden_size": 32}
 
 SHORT = spec_from_file_location("stability", Path(__file__).parents[1] / "nn" / "test_stability.py")
 assert SHORT is not None and SHORT.loader is not None

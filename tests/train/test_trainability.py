@@ -13,17 +13,11 @@ from miras.core.memory import MLP, Matrix
 from miras.core.retention import Decay
 from miras.nn.gates import NEVER, Gate
 from miras.train.check import LARGEST_NORM, check_training, follow_change, written_once
+from miras.train.options import CHECK_SIZES
 from miras.zoo import preset, presets
 
 FOUND: dict[str, Any] = json.loads(Path(__file__).with_name("trainability.json").read_text())
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_heads": 2,
-    "window_size": 64,
-    "segment_size": 64,
-    "num_persistent": 4,
-}
+SIZES = CHECK_SIZES | {"hidden_size": 32}
 TRAINING: dict[str, Any] = {"steps": 60, "batch_size": 1, "seq_len": 512}
 REMEMBERING = [name for name in presets() if any(mixer != "attention" for mixer in preset(name).pattern)]
 
