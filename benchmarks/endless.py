@@ -39,8 +39,8 @@ from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.reading import read_pieces
+from miras.store.files import write_atomically
 from miras.stream.files import load_state, save_state
-from miras.system.files import write_atomically
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask

@@ -23,7 +23,7 @@ import torch
 from miras.core.observe import observe
 from miras.data.novel import load_novel
 from miras.nn.lm import LM
-from miras.system.files import write_atomically
+from miras.store.files import write_atomically
 from miras.train.loop import Run
 from miras.train.options import Settings
 from miras.train.tasks import TextTask

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from miras.nn.config import ModelConfig
-from miras.system.files import write_atomically
+from miras.store.files import write_atomically
 from miras.train.check import TrainingCheck, check_training
 from miras.train.options import CHECK_SIZES
 from miras.zoo import preset, presets

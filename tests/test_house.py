@@ -24,9 +24,10 @@ SOURCE = ROOT / "src" / "miras"
 
 # A package may import its own level and those below; no two packages may import each other; `data` is a leaf.
 LEVELS = [
-    {"system"},
+    {"store"},
     {"core"},
-    {"ops"},
+    {"engine"},
+    {"layers"},
     {"nn"},
     {"zoo"},
     {"train", "evaluate", "stream", "report"},
@@ -74,8 +75,8 @@ def wrong_arrows(source: Path) -> list[str]:
                 wrong.append(where + "only hf.py may import transformers")
             if package == "core" and parts[0] not in {"torch", "miras"} | sys.stdlib_module_names:
                 wrong.append(where + "core imports torch, the standard library and itself only")
-            if package == "system" and parts[0] not in {"miras"} | sys.stdlib_module_names:
-                wrong.append(where + "system imports the standard library and itself only")
+            if package == "store" and parts[0] not in {"miras"} | sys.stdlib_module_names:
+                wrong.append(where + "store imports the standard library and itself only")
             if parts[0] != "miras":
                 continue
             target = parts[1] if len(parts) > 1 else ""
@@ -88,8 +89,8 @@ def wrong_arrows(source: Path) -> list[str]:
             elif target == package:
                 pass
             elif package == "data":
-                if target != "system":
-                    wrong.append(where + "data is a leaf and imports nothing of miras but system")
+                if target != "store":
+                    wrong.append(where + "data is a leaf and imports nothing of miras but store")
             elif target == "data":
                 if LEVEL[package] < DATA_FROM:
                     wrong.append(where + f"{package} may not import data")
@@ -115,15 +116,15 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     ("module", "line", "reason"),
     [
-        ("core/scan.py", "from miras.nn import LM", "core is below nn"),
-        ("core/scan.py", "from ..ops import kernels", "core is below ops"),
-        ("core/scan.py", "from miras import ops", "core is below ops"),
-        ("core/scan.py", "def f():\n    import miras.train.loop", "core is below train"),
-        ("core/scan.py", "import numpy as np", "torch, the standard library and itself only"),
-        ("core/scan.py", "from einops import rearrange", "torch, the standard library and itself only"),
-        ("core/scan.py", "import miras", "not from the root"),
-        ("system/files.py", "import torch", "the standard library and itself only"),
-        ("system/files.py", "from miras.core import rule", "system is below core"),
+        ("core/rule.py", "from miras.nn import LM", "core is below nn"),
+        ("core/rule.py", "from ..engine import kernels", "core is below engine"),
+        ("core/rule.py", "from miras import engine", "core is below engine"),
+        ("core/rule.py", "def f():\n    import miras.train.loop", "core is below train"),
+        ("core/rule.py", "import numpy as np", "torch, the standard library and itself only"),
+        ("core/rule.py", "from einops import rearrange", "torch, the standard library and itself only"),
+        ("core/rule.py", "import miras", "not from the root"),
+        ("store/files.py", "import torch", "the standard library and itself only"),
+        ("store/files.py", "from miras.core import rule", "store is below core"),
         ("nn/model.py", "from miras import Session", "not from the root"),
         ("nn/model.py", "from miras.data.batches import Batch", "nn may not import data"),
         ("nn/model.py", "import miras.zoo", "nn is below zoo"),
@@ -139,13 +140,13 @@ def test_imports_point_one_way():
 def test_a_planted_wrong_arrow_is_caught(tmp_path: Path, module: str, line: str, reason: str):
     plain = {
         "__init__.py": "from miras.cli import main",
-        "core/rule.py": "import math\nimport torch\nfrom . import scan\nfrom .scan import chunk",
-        "core/scan.py": "from miras.core import rule",
-        "ops/kernels.py": "from ..core import rule",
+        "core/rule.py": "import math\nimport torch\nfrom . import bias\nfrom .bias import L2",
+        "core/bias.py": "from miras.core import rule",
+        "engine/kernels.py": "from ..core import rule",
         "nn/model.py": "from miras.core.rule import Rule\nfrom miras import __version__",
         "zoo.py": "from miras.nn.model import Config",
-        "system/files.py": "import os\nfrom . import signals",
-        "data/text.py": "import numpy\nfrom . import text\nfrom miras.system import files",
+        "store/files.py": "import os\nfrom . import signals",
+        "data/text.py": "import numpy\nfrom . import text\nfrom miras.store import files",
         "train/loop.py": "from miras.data import text\nfrom miras import zoo",
         "report/html.py": "from miras.train import loop",
         "hf.py": "import transformers\nimport miras",

@@ -23,7 +23,7 @@ _HOMES = {
     "miras.core.algorithm": ("Algorithm", "GradientDescent", "GradientAscent", "Implicit", "Muon"),
     "miras.core.rule": ("Rule", "State", "init_state", "recurrence"),
     "miras.core.observe": ("observe",),
-    "miras.ops": ("scan",),
+    "miras.engine": ("scan",),
     "miras.nn.gates": ("Gate",),
     "miras.nn.memory": ("MemoryLayer", "Features"),
     "miras.nn.attention": ("AttentionLayer",),
@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from miras.data.tokens import ByteTokenizer as ByteTokenizer
     from miras.data.tokens import FileTokenizer as FileTokenizer
     from miras.data.tokens import load_tokenizer as load_tokenizer
+    from miras.engine import scan as scan
     from miras.hf import MirasCache as MirasCache
     from miras.hf import MirasConfig as MirasConfig
     from miras.hf import MirasForCausalLM as MirasForCausalLM
@@ -108,7 +109,6 @@ if TYPE_CHECKING:
     from miras.nn.titans import MemoryAsContext as MemoryAsContext
     from miras.nn.titans import MemoryAsGate as MemoryAsGate
     from miras.nn.titans import MemoryAsLayer as MemoryAsLayer
-    from miras.ops import scan as scan
     from miras.report.look import surprise_page as surprise_page
     from miras.session.session import Session as Session
     from miras.stream.files import load_state as load_state

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from miras.system.signals import Held
-from miras.system.terminal import printable
-from miras.system.words import nearest
+from miras.store.signals import Held
+from miras.store.terminal import printable
+from miras.store.words import nearest
 
 T = TypeVar("T")
 

@@ -25,14 +25,14 @@ from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
 from miras.nn.threads import set_threads
 from miras.options import EvalOptions, GenerateOptions, InfoOptions, ListOptions, StreamOptions
+from miras.store.files import check_place, write_atomically
+from miras.store.signals import worked
 from miras.stream.files import check_state_place, load_state, save_state
 from miras.stream.generation import Generation, check_sampling
 from miras.stream.generation import generate as generation
 from miras.stream.run import never
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
 from miras.stream.terminal import progress_bar, say, size_text
-from miras.system.files import check_place, write_atomically
-from miras.system.signals import worked
 from miras.zoo import override, preset, presets
 
 

@@ -33,7 +33,7 @@ from miras.nn.config import AXES, ModelConfig
 from miras.nn.gates import ALWAYS, NEVER, Gate
 from miras.nn.lm import LM
 from miras.nn.memory import DEFAULT_GATES, Features
-from miras.system.words import nearest
+from miras.store.words import nearest
 
 TITANS = {
     "rule": Rule(

@@ -15,8 +15,8 @@ from miras.data.tokens import ByteTokenizer, prepare
 from miras.nn.folder import load_model, model_hash, save_model
 from miras.nn.lm import LM
 from miras.session.session import Session
+from miras.store import files
 from miras.stream import load_state, read, save_state
-from miras.system import files
 from miras.train.checkpoint import checkpoints, load_checkpoint
 from miras.train.loop import Run
 from miras.train.options import Settings

@@ -41,7 +41,7 @@ def interrupted(count: int, work: Any) -> tuple[int, int]:
         if frame.f_code.co_name == "worked":
             armed = True
         name = frame.f_code.co_filename
-        return line if name.startswith(HOUSE) and "/core/" not in name and "/ops/" not in name else None
+        return line if name.startswith(HOUSE) and "/core/" not in name and "/engine/" not in name else None
 
     before = sys.gettrace()
     sys.settrace(call)

@@ -9,7 +9,7 @@ from miras.core.algorithm import GradientAscent, GradientDescent, Implicit, Muon
 from miras.core.memory import MLP, Vector
 from miras.core.retention import Decay, Keep, Sigmoid
 from miras.core.rule import Rule, init_state, recurrence
-from miras.core.scan import scan
+from miras.engine.chunks import scan
 
 
 def number(*values: float) -> torch.Tensor:

@@ -9,13 +9,13 @@ from torch.nn.functional import normalize
 
 import miras
 from miras.core.algorithm import GradientAscent, GradientDescent
-from miras.core.attention import attention, init_window
-from miras.core.conv import conv
 from miras.core.memory import MLP, Matrix
 from miras.core.observe import observe
 from miras.core.retention import Decay, Keep
 from miras.core.rule import Rule, init_state, norm, recurrence
-from miras.core.scan import scan
+from miras.engine.chunks import scan
+from miras.layers.attention import attention, init_window
+from miras.layers.conv import conv
 
 RULE = Rule(MLP(), algorithm=GradientDescent(True, 10.0), chunk_size=4)
 A0 = {n: torch.randn(1, 1, *s) for n, s in RULE.memory.shapes(4, 4).items()}

@@ -13,7 +13,7 @@ from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix, Weights
 from miras.core.retention import Decay
 from miras.core.rule import Rule, init_state, recurrence
-from miras.core.scan import scan
+from miras.engine.chunks import scan
 
 both = pytest.mark.parametrize("function", [scan, recurrence])
 

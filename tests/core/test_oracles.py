@@ -20,7 +20,7 @@ from miras.core.bias import HUBER_KINDS, L2, Dot, Huber, Lp
 from miras.core.memory import MLP, Matrix
 from miras.core.retention import Decay, Keep, LqNorm, Simplex
 from miras.core.rule import Rule, init_state, recurrence
-from miras.core.scan import scan
+from miras.engine.chunks import scan
 
 B, H, T, DK, DV, D = 2, 2, 19, 4, 3, 5
 Tree = dict[str, Tensor]

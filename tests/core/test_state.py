@@ -11,8 +11,8 @@ from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP
 from miras.core.retention import Decay
 from miras.core.rule import Rule, State, init_state
-from miras.core.scan import scan
 from miras.core.state import Record, choose
+from miras.engine.chunks import scan
 
 H, D = 2, 4
 RULE = Rule(

@@ -12,8 +12,8 @@ from miras.data.tokens import ByteTokenizer
 from miras.nn import folder as folders
 from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
+from miras.store.checksums import CHECKSUMS, check_sealed, read_checked, sealed
 from miras.stream.source import open_model
-from miras.system.checksums import CHECKSUMS, check_sealed, read_checked, sealed
 from miras.zoo import preset
 
 

@@ -434,7 +434,7 @@ def test_a_token_that_does_not_write_takes_no_step():
 
 
 def test_an_observation_keeps_no_graph(monkeypatch):
-    monkeypatch.setattr("miras.core.scan.ACTIVATION_BYTES", 0)
+    monkeypatch.setattr("miras.engine.chunks.ACTIVATION_BYTES", 0)
     model, tokens = watched(("memory",)), torch.randint(256, (B, T))
     with observe() as seen:
         logits, _ = model(tokens)

@@ -10,7 +10,7 @@ import torch
 
 import miras
 from miras.hf import MirasForCausalLM, byte_tokenizer
-from miras.system.words import nearest
+from miras.store.words import nearest
 from miras.zoo import PRESETS
 
 SIZES = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "chunk_size": 4, "window_size": 8}

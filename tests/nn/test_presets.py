@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+import miras.engine.exact
 import miras.nn.memory
-import miras.ops.exact
-from miras.core.attention import Window
 from miras.core.retention import ProximalElasticNet
 from miras.core.rule import State, close_chunk
+from miras.layers.attention import Window
 from miras.nn.config import ModelConfig
 from miras.nn.gates import Gates, Precise
 from miras.nn.lm import LM
@@ -406,7 +406,7 @@ def test_flops_per_token(name):
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_state_is_a_value(name, rows, monkeypatch):
     # It shares nothing with the model, which an optimizer changes, and holds no more than it reports.
-    monkeypatch.setattr(miras.ops.exact, "BLOCK", 8)
+    monkeypatch.setattr(miras.engine.exact, "BLOCK", 8)
     model = build(name)
     learned = {p.untyped_storage().data_ptr() for p in model.parameters()}
     states = [model.initial(rows)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from miras.core.rule import init_state, recurrence
-from miras.core.scan import scan
+from miras.engine.chunks import scan
 from miras.nn.lm import LM, LMState
 from miras.zoo import preset
 

@@ -26,8 +26,8 @@ from miras.core.bias import L2
 from miras.core.memory import Matrix
 from miras.core.retention import Decay
 from miras.core.rule import Rule, init_state
+from miras.engine import scan
 from miras.nn.gates import LINKS
-from miras.ops import scan
 from miras.zoo import preset
 
 Tree = dict[str, Tensor]

@@ -19,7 +19,7 @@ from miras.core.algorithm import GradientDescent, Muon
 from miras.core.bias import L2, Huber
 from miras.core.retention import Decay
 from miras.core.rule import Rule, init_state
-from miras.ops import scan
+from miras.engine import scan
 from miras.zoo import preset
 
 D, T, C = 8, 44, 16

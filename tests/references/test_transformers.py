@@ -14,7 +14,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.xlstm import modeling_xlstm
 
 from miras.core.rule import init_state
-from miras.ops import scan
+from miras.engine import scan
 from miras.zoo import preset
 
 TOLERANCE = 3e-6

@@ -20,8 +20,8 @@ from miras.session import files
 from miras.session.learning import Learning
 from miras.session.lock import hold
 from miras.session.session import Session
+from miras.store import files as disk
 from miras.stream import read, save_state
-from miras.system import files as disk
 from session.helpers import equal, logits
 
 Make = Callable[..., LM]
@@ -32,7 +32,7 @@ from pathlib import Path
 from miras.data.tokens import ByteTokenizer
 from miras.nn.folder import load_model
 from miras.session.session import Session
-from miras.system import files
+from miras.store import files
 place, how = Path(sys.argv[1]), sys.argv[2]
 session = Session(load_model(place / "model"), ByteTokenizer(), keep=40)
 text = (place / "text").read_bytes()

@@ -15,8 +15,8 @@ from miras.nn.folder import save_model
 from miras.nn.lm import LM
 from miras.session import session as sessions
 from miras.session.session import Session
+from miras.store.signals import STOPS
 from miras.stream import load_state
-from miras.system.signals import STOPS
 from session.helpers import equal, logits
 
 Make = Callable[..., LM]

@@ -12,9 +12,9 @@ import torch
 from miras.cli import main
 from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
+from miras.store import files
+from miras.store.files import write_atomically
 from miras.stream import load_state, read, save_state
-from miras.system import files
-from miras.system.files import write_atomically
 from miras.train.checkpoint import checkpoints, load_checkpoint
 from miras.train.loop import Run
 from miras.train.options import Settings

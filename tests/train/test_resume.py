@@ -18,7 +18,7 @@ from miras.cli import main
 from miras.data.needle import NeedleTask
 from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
-from miras.system.checksums import CHECKSUMS
+from miras.store.checksums import CHECKSUMS
 from miras.train.checkpoint import checkpoints, load_checkpoint, read_meta
 from miras.train.loop import Run
 from miras.train.options import Settings, TrainOptions

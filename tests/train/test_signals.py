@@ -11,7 +11,7 @@ import torch
 from miras.cli import main
 from miras.nn.folder import load_model, save_model
 from miras.nn.lm import LM
-from miras.system.signals import STOPS
+from miras.store.signals import STOPS
 from miras.train.checkpoint import checkpoints, load_checkpoint
 from miras.train.loop import Run
 from miras.zoo import preset

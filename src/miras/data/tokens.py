@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from miras.data.text import Sources, find_sources, read_documents, standing
-from miras.system.checksums import check_sealed, read_checked, sealed
-from miras.system.files import appearing, sweep
+from miras.store.checksums import check_sealed, read_checked, sealed
+from miras.store.files import appearing, sweep
 
 FORMAT = "miras-tokens"
 VERSION = 1

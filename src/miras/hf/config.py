@@ -9,8 +9,8 @@ from transformers import PreTrainedConfig
 
 from miras.nn.config import ModelConfig
 from miras.nn.folder import AUTO_MAP, CODE, MODEL_TYPE, OF_TRANSFORMERS
-from miras.system.checksums import CHECKSUMS
-from miras.system.files import write_atomically
+from miras.store.checksums import CHECKSUMS
+from miras.store.files import write_atomically
 
 trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 """Whether a model is being loaded with `trust_remote_code=True`."""

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from miras.core.attention import Window, attention, init_window
-from miras.core.rows import Rows
+from miras.engine.rows import Rows
+from miras.layers.attention import Window, attention, init_window
 from miras.nn.mixer import Mixer, head_width, heads, merge
 
 

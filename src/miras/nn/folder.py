@@ -12,8 +12,8 @@ from torch import Tensor
 
 from miras.nn.config import ModelConfig
 from miras.nn.lm import LM
-from miras.system.checksums import read_checked, with_checksums
-from miras.system.files import naming, place_folder
+from miras.store.checksums import read_checked, with_checksums
+from miras.store.files import naming, place_folder
 
 MODEL_TYPE = "miras"
 ARCHITECTURE = "MirasForCausalLM"

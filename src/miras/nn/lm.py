@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miras.core.observe import layer as observed_layer
-from miras.core.rows import Rows, pack
 from miras.core.state import Record, misfit
+from miras.engine.rows import Rows, pack
 from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
 from miras.nn.gates import gate_outputs

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from miras.core.activation import silu
 from miras.core.algorithm import GradientDescent
-from miras.core.attention import rotate
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.retention import Decay, FDivergence, LqNorm, Retention, Simplex
-from miras.core.rows import Rows
 from miras.core.rule import Rule, State, anchor_weights, base_of, formed, init_state, weights
 from miras.core.state import Record, Tree, known
 from miras.core.typed import Typed
+from miras.engine import compiles, decode, scan
+from miras.engine.rows import Rows
+from miras.layers.attention import rotate
 from miras.nn.gates import Gate, Gates, Precise, precise, unread, without_autocast
 from miras.nn.mixer import Mixer, Projection, head_width, heads, merge
 from miras.nn.norm import RMSNorm, unit
-from miras.ops import compiles, decode, scan
 
 
 @dataclass(frozen=True)

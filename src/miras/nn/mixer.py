@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from miras.core.conv import conv
-from miras.core.rows import Rows, pack
 from miras.core.state import misfit
+from miras.engine.rows import Rows, pack
+from miras.layers.conv import conv
 
 
 class Mixer(nn.Module, ABC):

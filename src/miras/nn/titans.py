@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.core.attention import Window
-from miras.core.conv import conv
-from miras.core.rows import Part, Rows, joined, segments
 from miras.core.rule import Rule, init_state
 from miras.core.state import Record, Tree, choose
+from miras.engine.rows import Part, Rows, joined, segments
+from miras.layers.attention import Window
+from miras.layers.conv import conv
 from miras.nn.attention import AttentionLayer, AttentionReader
 from miras.nn.config import segment_refusal
 from miras.nn.memory import MemoryLayer, MemoryOptions, MemoryReader, MemoryState

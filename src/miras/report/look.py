@@ -13,7 +13,7 @@ from miras.nn.lm import LM, LMState
 from miras.report.explorer import Watched, bits_per_byte, facts_of, render_explorer, shortened, tracks_of
 from miras.report.text import esc
 from miras.report.watch import watch
-from miras.system.files import check_place, write_atomically
+from miras.store.files import check_place, write_atomically
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from miras.report.look import described, is_page, page_of
 from miras.report.options import ReportOptions
 from miras.report.text import visible
 from miras.report.watch import as_text, check_layers, first_tokens, watch
+from miras.store.files import check_place
 from miras.stream.files import load_state
 from miras.stream.source import open_model, open_text, text_blocks, text_tokens
 from miras.stream.terminal import progress_bar, size_text
-from miras.system.files import check_place
 
 
 def report(options: ReportOptions) -> int:

@@ -33,11 +33,11 @@ from miras.session.options import (
     ShowOptions,
 )
 from miras.session.session import Fed, Session
+from miras.store.files import write_atomically
+from miras.store.signals import worked
 from miras.stream.generation import check_sampling
 from miras.stream.source import open_model, open_text, text_blocks, text_length, text_tokens
 from miras.stream.terminal import Plain, progress_bar, say, size_text
-from miras.system.files import write_atomically
-from miras.system.signals import worked
 
 
 def new(options: NewOptions) -> int:

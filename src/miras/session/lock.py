@@ -3,11 +3,11 @@
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from miras.system import lock
+from miras.store import lock
 
 
 def hold(path: str | Path) -> AbstractContextManager[None]:
-    """Keep other processes from writing a session's file; raises as `miras.system.lock.hold`."""
+    """Keep other processes from writing a session's file; raises as `miras.store.lock.hold`."""
     return lock.hold(
         path, "a session has one writer at a time: wait for it, or work on a copy (miras session fork)"
     )

@@ -23,10 +23,10 @@ from miras.session.compare import Moved, Recalled, loss_of, memories, moved, out
 from miras.session.learning import Learner, Learning, difference, learned
 from miras.session.lock import hold
 from miras.session.moment import KEEP, Episode, Ids, Moment, compact, distinct, mean
+from miras.store.signals import Held
 from miras.stream.files import now
 from miras.stream.generation import Generation
 from miras.stream.generation import generate as generation
-from miras.system.signals import Held
 
 
 @dataclass(frozen=True, eq=False, repr=False)

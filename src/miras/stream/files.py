@@ -16,7 +16,7 @@ from torch import Tensor
 from miras.nn.folder import model_hash
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import StreamState
-from miras.system.files import check_place, write_atomically
+from miras.store.files import check_place, write_atomically
 
 BROKEN = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
 """What comes of taking a header apart that is not what it should be."""

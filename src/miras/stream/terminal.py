@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from miras.system.terminal import printable
+from miras.store.terminal import printable
 
 
 class Plain(Console):

@@ -17,11 +17,11 @@ from miras.core.algorithm import GradientDescent
 from miras.core.observe import observe
 from miras.core.rule import init_state
 from miras.data.novel import load_novel
+from miras.engine import scan
 from miras.nn.config import ModelConfig
 from miras.nn.gates import LINKS
 from miras.nn.lm import LM
 from miras.nn.memory import DEFAULT_GATES, InitialMemory, OuterParameters
-from miras.ops import scan
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import CHECK_SIZES, Settings
 from miras.train.tasks import TextTask

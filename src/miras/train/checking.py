@@ -13,7 +13,7 @@ from miras.data.text import read_documents
 from miras.nn.config import ModelConfig, unread_sizes
 from miras.nn.folder import read_config
 from miras.nn.threads import check_seed, set_threads
-from miras.system.files import check_place, write_atomically
+from miras.store.files import check_place, write_atomically
 from miras.train.check import (
     CHANGE,
     HORIZON,

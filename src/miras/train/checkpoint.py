@@ -18,8 +18,8 @@ from torch import Tensor
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, model_files, read_config, write_folder
 from miras.nn.lm import LM, LMState
-from miras.system.checksums import read_checked
-from miras.system.files import drop, sweep
+from miras.store.checksums import read_checked
+from miras.store.files import drop, sweep
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")

@@ -22,10 +22,10 @@ from miras.nn.config import ModelConfig, unread_sizes
 from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
 from miras.nn.threads import check_seed, set_threads
+from miras.store.files import naming, write_atomically, write_whole
+from miras.store.lock import hold
+from miras.store.signals import Held, nobody_reads
 from miras.stream.terminal import Plain, size_text
-from miras.system.files import naming, write_atomically, write_whole
-from miras.system.lock import hold
-from miras.system.signals import Held, nobody_reads
 from miras.train.checkpoint import checkpoints, read_checkpoint_config, read_meta
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import Settings, TrainOptions

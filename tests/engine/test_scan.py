@@ -5,13 +5,13 @@ import torch
 
 import miras
 from cases import RULES, Problem, name, same, second_derivatives
-from miras.core import scan as scan_module
 from miras.core.bias import Huber
 from miras.core.memory import MLP
 from miras.core.observe import observe
 from miras.core.retention import LqNorm
 from miras.core.rule import Rule, recurrence
-from miras.core.scan import scan
+from miras.engine import chunks as scan_module
+from miras.engine.chunks import scan
 
 SMALL = [rule for rule in RULES if rule.chunk_size in (3, 16)]
 

@@ -8,7 +8,7 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from miras.core.attention import attention, init_window, rotate
+from miras.layers.attention import attention, init_window, rotate
 
 HEADS, WIDTH, FAR = 2, 6, 10_000_000
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899862803")

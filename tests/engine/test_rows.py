@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miras.core.rows import Rows, joined, pack, segments
+from miras.engine.rows import Rows, joined, pack, segments
 
 
 @st.composite

@@ -8,14 +8,14 @@ from torch import Tensor
 
 import miras
 from cases import RULES, Problem, name, same
-from miras import ops
+from miras import engine
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP, GatedMLP, Matrix
 from miras.core.observe import observe
 from miras.core.retention import Keep, ProximalElasticNet
 from miras.core.rule import Masks, Rule, State, init_state, recurrence
-from miras.core.scan import scan
-from miras.ops.decode import decode, decodes
+from miras.engine.chunks import scan
+from miras.engine.decode import decode, decodes
 
 TITANS = Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=5)
 KEEPING = tuple(
@@ -71,7 +71,7 @@ def check(problem: Problem) -> None:
         assert list(fast) == list(slow)  # states are stacked, compared and saved in this order
         same(fast, slow)
         same(fast, one_by_one(scan, problem, state)[0])
-        same(fast, one_by_one(ops.scan, problem, state)[0], 0.0)
+        same(fast, one_by_one(engine.scan, problem, state)[0], 0.0)
     same(state.tensors(), kept, 0.0)  # a state is a value
     assert all(x.is_contiguous() for x in after.A.values())
 
@@ -168,7 +168,7 @@ def test_what_is_left_to_others(change):
 
 def test_other_gradients_are_not_lost():
     problem = Problem(TITANS, seed=3, T=2 + T)
-    y, _ = ops.scan(TITANS, begun(problem), **piece(problem, slice(2, 3)))
+    y, _ = engine.scan(TITANS, begun(problem), **piece(problem, slice(2, 3)))
     assert y.requires_grad
 
 
@@ -179,4 +179,4 @@ def test_wrong_arguments_are_refused():
         state = begun(problem)
         for wrong in ({"k": good["k"][..., :-1]}, {"gates": {}}, {"v": good["v"][:1]}):
             with pytest.raises(ValueError, match="scan: "):
-                ops.scan(TITANS, state, **good | wrong)
+                engine.scan(TITANS, state, **good | wrong)

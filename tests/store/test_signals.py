@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from miras.system.signals import STOPS, Held, worked
+from miras.store.signals import STOPS, Held, worked
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from miras.core.bias import L2, Dot
 from miras.core.observe import observe
 from miras.core.retention import Decay, Keep
 from miras.core.rule import Rule, recurrence
-from miras.ops import exact as module
-from miras.ops import scan
-from miras.ops.exact import fits
+from miras.engine import exact as module
+from miras.engine import scan
+from miras.engine.exact import fits
 
 RULES = tuple(
     Rule(bias=bias, retention=retention, algorithm=algorithm, chunk_size=1)

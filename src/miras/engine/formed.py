@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from miras.core.dual import accumulate, recorded
 from miras.core.retention import LqNorm, Retention, Simplex
+from miras.engine.kernels import accumulate, recorded
 
 TILE_BYTES = 1 << 19
 """About the size of a tile's A_t; there are up to three buffers as large."""

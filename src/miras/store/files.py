@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from miras.system.signals import Held
+from miras.store.signals import Held
 
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-(?P<host>[0-9a-f]{6})-[0-9a-f]{8}\.(?P<kind>draft|old)")
 """How what is still being written is called: `draft`; a folder that steps aside for a new one: `old`."""

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from miras.core import scan as scan_module
 from miras.core.activation import gelu, layer_norm, silu
 from miras.core.algorithm import GradientDescent
-from miras.core.dual import fast_step, products, step
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.rule import Rule, init_state
-from miras.core.scan import scan
+from miras.engine import chunks as scan_module
+from miras.engine.chunks import scan
+from miras.engine.kernels import fast_step, products, step
 from miras.nn.norm import unit
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from miras.core.activation import made
-from miras.core.dual import recorded
+from miras.engine.kernels import recorded
 
 
 def conv(

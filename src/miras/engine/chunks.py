@@ -24,10 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.algorithm import bound_factors
-from miras.core.dual import accumulate, fast_step, products
 from miras.core.memory import Weights
 from miras.core.observe import observe, observing, per_token
-from miras.core.rows import grid
 from miras.core.rule import (
     Inputs,
     Masks,
@@ -51,6 +49,8 @@ from miras.core.rule import (
     unrolled,
 )
 from miras.core.state import Tree, apart, choose, known, ordinary
+from miras.engine.kernels import accumulate, fast_step, products
+from miras.engine.rows import grid
 
 ACTIVATION_BYTES = 168 << 20
 """About as many bytes are kept for the backward pass; chunks before the last ones that fit are recomputed in it."""

@@ -27,12 +27,12 @@ from miras.core.activation import (
     made,
 )
 from miras.core.bias import L2
-from miras.core.dual import recorded
 from miras.core.memory import MLP
 from miras.core.observe import observing
 from miras.core.rule import Rule, State, anchor_weights
-from miras.core.scan import Coefficients, Fixed, has_dual_form
 from miras.core.state import Tree
+from miras.engine.chunks import Coefficients, Fixed, has_dual_form
+from miras.engine.kernels import recorded
 
 
 def fits(rule: Rule, gates: Tree) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from miras.cli import main
-from miras.system import files
-from miras.system.lock import hold
+from miras.store import files
+from miras.store.lock import hold
 
 HERE = files.host_tag()
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from miras.system.files import host_tag, living, naming
-from miras.system.signals import Held
+from miras.store.files import host_tag, living, naming
+from miras.store.signals import Held
 
 try:
     import fcntl

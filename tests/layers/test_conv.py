@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from miras.core.conv import conv
+from miras.layers.conv import conv
 
 TAPS = (1, 2, 4, 7)
 

@@ -1,16 +1,16 @@
-"""Faster ways to the numbers of core, chosen in one place."""
+"""Every faster way to the numbers of `recurrence`, chosen in one place."""
 
 from functools import partial
 
 from torch import Tensor
 
 from miras.core.rule import Masks, Rule, State
-from miras.core.scan import dual, scan_by
-from miras.core.scan import scan as chunkwise
 from miras.core.state import Tree, ordinary
-from miras.ops import channels, exact, mlp
-from miras.ops.decode import compiles, decode, decodes
-from miras.ops.exact import blockwise
+from miras.engine import channels, exact, mlp
+from miras.engine.chunks import dual, scan_by
+from miras.engine.chunks import scan as chunkwise
+from miras.engine.decode import compiles, decode, decodes
+from miras.engine.exact import blockwise
 
 
 @ordinary

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from cases import Problem, name, same, second_derivatives
-from miras.core import scan as scan_module
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import Huber
 from miras.core.memory import MLP
 from miras.core.observe import observe
 from miras.core.retention import Decay, Keep, LqNorm
 from miras.core.rule import Rule, recurrence
-from miras.core.scan import scan as plain
-from miras.ops import scan
-from miras.ops.mlp import fits
+from miras.engine import chunks as scan_module
+from miras.engine import scan
+from miras.engine.chunks import scan as plain
+from miras.engine.mlp import fits
 
 RULES = tuple(
     Rule(MLP(depth, 2, residual, norm), retention=retention, algorithm=algorithm, chunk_size=size)

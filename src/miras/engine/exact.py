@@ -15,13 +15,13 @@ from torch import Tensor
 
 from miras.core.algorithm import Algorithm, GradientDescent
 from miras.core.bias import L2, Dot
-from miras.core.dual import accumulate, products
 from miras.core.memory import Matrix
 from miras.core.observe import observing, per_token
 from miras.core.retention import Decay, Keep
 from miras.core.rule import Inputs, Masks, Rule, State, base_of, check, init_state, unrolled
-from miras.core.scan import Chunks, Coefficients, Fixed, chunked, dual
 from miras.core.state import Tree, choose, ordinary
+from miras.engine.chunks import Chunks, Coefficients, Fixed, chunked, dual
+from miras.engine.kernels import accumulate, products
 
 BLOCK = 64
 """Tokens of a block: a tile of the computation, no part of any model."""

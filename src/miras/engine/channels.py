@@ -7,7 +7,7 @@ goes into x or into d. So a memory goes from chunk to chunk as a weighted sum of
 
 and no A_t inside a chunk is needed for the next one. What the tokens read is known afterwards, of all chunks side by
 side: as masked attention over each chunk with a decay by channel where A is the weights, else with its A_t formed in
-tiles (`miras.ops.formed`). Products of keep are never divided: they are exact where a gate is 0 or 1.
+tiles (`miras.engine.formed`). Products of keep are never divided: they are exact where a gate is 0 or 1.
 
 Shapes, with R = B * H: N chunks of n tokens; x (R, N, n, d_in), d (R, N, n, d_out).
 """
@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miras.core.dual import products, recorded
 from miras.core.memory import Weights
 from miras.core.observe import observing
 from miras.core.rule import Rule, State, close_chunk, gate_of
-from miras.core.scan import (
+from miras.core.state import Tree, choose
+from miras.engine import formed, mlp
+from miras.engine.chunks import (
     Chunks,
     Fixed,
     gradient_factors,
@@ -33,9 +34,8 @@ from miras.core.scan import (
     recomputed,
     step_sizes,
 )
-from miras.core.state import Tree, choose
-from miras.ops import formed, mlp
-from miras.ops.exact import met_by_key_channel
+from miras.engine.exact import met_by_key_channel
+from miras.engine.kernels import products, recorded
 
 
 def fits(rule: Rule, gates: Tree) -> bool:

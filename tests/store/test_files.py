@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from miras.system import files
-from miras.system.files import appearing, drop, host_tag, place_folder, sweep, write_atomically
+from miras.store import files
+from miras.store.files import appearing, drop, host_tag, place_folder, sweep, write_atomically
 
 DEAD = 2**22 + 1  # no process has such an id
 

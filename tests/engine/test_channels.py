@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from cases import Problem, name, same, second_derivatives
-from miras.core import scan as scan_module
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Huber
 from miras.core.memory import MLP, Matrix
 from miras.core.retention import Decay, ElasticNet, Keep, LqNorm, Sigmoid, Simplex
 from miras.core.rule import Rule, recurrence
-from miras.core.scan import scan as plain
-from miras.ops import formed, scan
-from miras.ops.channels import fits
+from miras.engine import chunks as scan_module
+from miras.engine import formed, scan
+from miras.engine.channels import fits
+from miras.engine.chunks import scan as plain
 
 RULES = tuple(
     Rule(memory, bias, retention, algorithm, size)

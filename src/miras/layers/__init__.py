@@ -1,0 +1,1 @@
+"""Tools of layers that own no parameter: attention and convolutions."""

@@ -1,0 +1,1 @@
+"""Files that appear whole, checksums, locks and signals; the standard library alone."""
