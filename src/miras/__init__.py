@@ -21,7 +21,8 @@ _HOMES = {
         "Sigmoid",
     ),
     "miras.core.algorithm": ("Algorithm", "GradientDescent", "GradientAscent", "Implicit", "Muon"),
-    "miras.core.rule": ("Rule", "State", "init_state", "recurrence"),
+    "miras.core.rule": ("Rule", "State", "init_state"),
+    "miras.core.recurrence": ("recurrence",),
     "miras.core.observe": ("observe",),
     "miras.engine": ("scan",),
     "miras.nn.gates": ("Gate",),
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from miras.core.memory import Memory as Memory
     from miras.core.memory import Vector as Vector
     from miras.core.observe import observe as observe
+    from miras.core.recurrence import recurrence as recurrence
     from miras.core.retention import Bregman as Bregman
     from miras.core.retention import Decay as Decay
     from miras.core.retention import ElasticNet as ElasticNet
@@ -85,7 +87,6 @@ if TYPE_CHECKING:
     from miras.core.rule import Rule as Rule
     from miras.core.rule import State as State
     from miras.core.rule import init_state as init_state
-    from miras.core.rule import recurrence as recurrence
     from miras.data.tokens import ByteTokenizer as ByteTokenizer
     from miras.data.tokens import FileTokenizer as FileTokenizer
     from miras.data.tokens import load_tokenizer as load_tokenizer

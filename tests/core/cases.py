@@ -22,7 +22,8 @@ from miras.core.retention import (
     Sigmoid,
     Simplex,
 )
-from miras.core.rule import Rule, init_state
+from miras.core.rule import Call, Rule, init_state
+from miras.engine.scan import RECURRENCE, planned, way_of, ways
 
 CLASSIC = tuple(
     Rule(*axes, chunk_size=size)
@@ -270,6 +271,36 @@ class Problem:
             n: torch.zeros_like(x) if d is None else d
             for (n, x), d in zip(leaves.items(), found, strict=True)
         }
+
+
+def by_way(number: int) -> Callable:
+    """`scan` on the way of that number among all that serve a call, the last one where there are fewer."""
+
+    def scan(rule, state, q, k, v, gates, *, initial=None, outer=None, valid=None, write=None, reset=None):
+        call = Call.of(q, k, v, gates, valid, write, reset, initial, outer)
+        plan = planned(rule, state, call)
+        served = [*ways(rule, call, plan), RECURRENCE]
+        return served[min(number, max(len(served) - 2, 0))].run(rule, state, call, plan)
+
+    return scan
+
+
+def number_of_ways(problem: "Problem") -> int:
+    """How many ways, the recurrence apart, serve a whole problem."""
+    call = Call.of(
+        problem.q, problem.k, problem.v, problem.gates, None, None, None, problem.start(), problem.outer
+    )
+    state = init_state(problem.rule, problem.start())
+    return len(ways(problem.rule, call, planned(problem.rule, state, call)))
+
+
+def fastest(problem: "Problem") -> str:
+    """The name of the way that a whole problem takes."""
+    call = Call.of(
+        problem.q, problem.k, problem.v, problem.gates, None, None, None, problem.start(), problem.outer
+    )
+    state = init_state(problem.rule, problem.start())
+    return way_of(problem.rule, call, planned(problem.rule, state, call)).name
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-9) -> None:

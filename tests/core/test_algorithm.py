@@ -7,9 +7,10 @@ import torch
 
 from miras.core.algorithm import GradientAscent, GradientDescent, Implicit, Muon
 from miras.core.memory import MLP, Vector
+from miras.core.recurrence import recurrence
 from miras.core.retention import Decay, Keep, Sigmoid
-from miras.core.rule import Rule, init_state, recurrence
-from miras.engine.chunks import scan
+from miras.core.rule import Rule, init_state
+from miras.engine import scan
 
 
 def number(*values: float) -> torch.Tensor:

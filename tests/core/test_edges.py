@@ -11,9 +11,10 @@ import miras
 from miras.core.algorithm import GradientAscent, GradientDescent
 from miras.core.memory import MLP, Matrix
 from miras.core.observe import observe
+from miras.core.recurrence import norm, recurrence
 from miras.core.retention import Decay, Keep
-from miras.core.rule import Rule, init_state, norm, recurrence
-from miras.engine.chunks import scan
+from miras.core.rule import Rule, init_state
+from miras.engine import scan
 from miras.layers.attention import attention, init_window
 from miras.layers.conv import conv
 

@@ -28,7 +28,7 @@ from miras.core.retention import (
     Simplex,
 )
 from miras.core.rule import Rule, init_state
-from miras.engine.chunks import scan
+from miras.engine import scan
 
 B, H, T, D, C = 2, 2, 14, 4, 4
 Tree = dict[str, Tensor]

@@ -18,9 +18,10 @@ from cases import Problem, same
 from miras.core.algorithm import GradientDescent, Implicit
 from miras.core.bias import HUBER_KINDS, L2, Dot, Huber, Lp
 from miras.core.memory import MLP, Matrix
+from miras.core.recurrence import recurrence
 from miras.core.retention import Decay, Keep, LqNorm, Simplex
-from miras.core.rule import Rule, init_state, recurrence
-from miras.engine.chunks import scan
+from miras.core.rule import Rule, init_state
+from miras.engine import scan
 
 B, H, T, DK, DV, D = 2, 2, 19, 4, 3, 5
 Tree = dict[str, Tensor]

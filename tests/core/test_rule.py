@@ -14,9 +14,10 @@ import miras
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix
+from miras.core.recurrence import recurrence
 from miras.core.retention import Decay
-from miras.core.rule import Rule, init_state, recurrence
-from miras.engine.chunks import scan
+from miras.core.rule import Rule, init_state
+from miras.engine import scan
 
 B, H, T, D = 2, 3, 5, 4
 RULE = Rule(memory=MLP(expansion=2), algorithm=GradientDescent(momentum=True), chunk_size=3)

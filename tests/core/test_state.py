@@ -12,7 +12,7 @@ from miras.core.memory import MLP
 from miras.core.retention import Decay
 from miras.core.rule import Rule, State, init_state
 from miras.core.state import Record, choose
-from miras.engine.chunks import scan
+from miras.engine import scan
 
 H, D = 2, 4
 RULE = Rule(

@@ -5,16 +5,14 @@ import itertools
 import pytest
 import torch
 
-from cases import Problem, name, same, second_derivatives
+from cases import Problem, by_way, fastest, name, same, second_derivatives
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Huber
 from miras.core.memory import MLP, Matrix
+from miras.core.recurrence import recurrence
 from miras.core.retention import Decay, ElasticNet, Keep, LqNorm, Sigmoid, Simplex
-from miras.core.rule import Rule, recurrence
-from miras.engine import chunks as scan_module
-from miras.engine import formed, scan
-from miras.engine.channels import fits
-from miras.engine.chunks import scan as plain
+from miras.core.rule import Rule
+from miras.engine import chunks, scan, tiles
 
 RULES = tuple(
     Rule(memory, bias, retention, algorithm, size)
@@ -64,7 +62,7 @@ def problem_of(rule: Rule, seed: int, lr: str, forget: str, **sizes: int) -> Pro
 
 
 def check(problem: Problem) -> None:
-    assert fits(problem.rule, problem.gates)
+    assert fastest(problem) == "by channel"
     y, state = problem.run(recurrence, [slice(0, problem.T)])
     fast_y, fast_state = problem.run(scan, problem.cuts())
     same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
@@ -94,7 +92,7 @@ def test_it_is_the_recurrence(rule, lr, forget):
 @pytest.mark.parametrize(("rule", "lr", "forget"), cases(MAPPED)[::3])
 @pytest.mark.parametrize("tile", [1, 20_000])
 def test_a_map_is_the_recurrence(rule, lr, forget, tile, monkeypatch):
-    monkeypatch.setattr(formed, "TILE_BYTES", tile)
+    monkeypatch.setattr(tiles, "TILE_BYTES", tile)
     check(problem_of(rule, MAPPED.index(rule) + 300, lr, forget, T=19))
 
 
@@ -114,7 +112,7 @@ def test_groups_that_are_recomputed_and_nothing_recorded(rule, monkeypatch):
     problem = problem_of(
         rule, (RULES + MAPPED).index(rule) + 200, "output", "output" if rule.retention.gates else "head", T=37
     )
-    monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
+    monkeypatch.setattr(chunks, "ACTIVATION_BYTES", 0)
     check(problem)
     y, state = problem.run(recurrence, [slice(0, problem.T)])
     with torch.no_grad():
@@ -125,7 +123,7 @@ def test_groups_that_are_recomputed_and_nothing_recorded(rule, monkeypatch):
 @pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[7:10])[::3] + cases(MAPPED[:5:2])[::4])
 def test_second_outer_derivatives(rule, lr, forget):
     problem = problem_of(rule, (RULES + MAPPED).index(rule), lr, forget, T=7, B=1, H=1)
-    same(*(second_derivatives(problem, function) for function in (scan, plain)), tolerance=1e-7)
+    same(*(second_derivatives(problem, function) for function in (by_way(0), by_way(1))), tolerance=1e-7)
 
 
 def test_a_gate_by_channel_keeps_later_tokens_out():
@@ -145,12 +143,9 @@ def test_a_gate_by_channel_keeps_later_tokens_out():
 
 
 @pytest.mark.parametrize(
-    ("rule", "shape"),
-    [
-        (Rule(algorithm=GradientDescent(momentum=True)), (4, 1)),
-        (Rule(), ()),
-    ],
+    ("rule", "side"),
+    [(Rule(algorithm=GradientDescent(momentum=True)), "input"), (Rule(), "head")],
     ids=["momentum", "per head"],
 )
-def test_other_rules_have_another_way(rule, shape):
-    assert not fits(rule, {"lr": torch.zeros(1, 1, 2, *shape), "forget": torch.zeros(1, 1, 2, *shape)})
+def test_other_rules_have_another_way(rule, side):
+    assert fastest(problem_of(rule, 1, side, side, T=5)) != "by channel"

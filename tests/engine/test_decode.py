@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 import miras
-from cases import RULES, Problem, name, same
-from miras import engine
+from cases import RULES, Problem, by_way, name, same
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP, GatedMLP, Matrix
 from miras.core.observe import observe
+from miras.core.recurrence import recurrence
 from miras.core.retention import Keep, ProximalElasticNet
-from miras.core.rule import Masks, Rule, State, init_state, recurrence
-from miras.engine.chunks import scan
-from miras.engine.decode import decode, decodes
+from miras.core.rule import Call, Rule, State, init_state
+from miras.core.state import ordinary
+from miras.engine import scan
+from miras.engine.decode import decode
+from miras.engine.scan import planned, way_of
 
 TITANS = Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=5)
 KEEPING = tuple(
@@ -61,17 +63,24 @@ def one_by_one(function: Callable, problem: Problem, state: State) -> tuple[dict
     return {"y": torch.cat(reads, 2)} | state.tensors(), state
 
 
+def decoded(rule: Rule, state: State, **given) -> tuple[Tensor, State]:
+    """`decode`, which must be the way of these tokens."""
+    call = Call.of(**given, valid=None, write=None, reset=None)
+    plan = planned(rule, state, call)
+    assert way_of(rule, call, plan).name == "one token"
+    return ordinary(decode)(rule, state, call, plan)
+
+
 def check(problem: Problem) -> None:
     with torch.no_grad():
         state = begun(problem)
         kept = {n: x.clone() for n, x in state.tensors().items()}
-        assert decodes(problem.rule, problem.q[:, :, :1], Masks())
-        fast, after = one_by_one(decode, problem, state)
+        fast, after = one_by_one(decoded, problem, state)
         slow, _ = one_by_one(recurrence, problem, state)
         assert list(fast) == list(slow)  # states are stacked, compared and saved in this order
         same(fast, slow)
-        same(fast, one_by_one(scan, problem, state)[0])
-        same(fast, one_by_one(engine.scan, problem, state)[0], 0.0)
+        same(fast, one_by_one(by_way(1), problem, state)[0])
+        same(fast, one_by_one(scan, problem, state)[0], 0.0)
     same(state.tensors(), kept, 0.0)  # a state is a value
     assert all(x.is_contiguous() for x in after.A.values())
 
@@ -95,13 +104,13 @@ def test_gates_at_exactly_0_and_1(rule):
 def test_rows_are_what_they_are_alone():
     problem = Problem(TITANS, seed=1, T=2 + T)
     with torch.no_grad():
-        together, _ = one_by_one(decode, problem, begun(problem))
+        together, _ = one_by_one(decoded, problem, begun(problem))
         for row in range(problem.B):
             alone = Problem(TITANS, seed=1, T=2 + T)
             alone.q, alone.k, alone.v = (x[[row]] for x in (problem.q, problem.k, problem.v))
             alone.gates = {n: g[[row]] for n, g in problem.gates.items()}
             same(
-                one_by_one(decode, alone, begun(problem).select([row]))[0],
+                one_by_one(decoded, alone, begun(problem).select([row]))[0],
                 {n: x[[row]] for n, x in together.items()},
                 1e-12,
             )
@@ -141,9 +150,9 @@ def test_inference_mode_gives_ordinary_tensors():
     problem = Problem(TITANS, seed=2, T=2 + T)
     with torch.no_grad():
         state = begun(problem)
-        expected, _ = one_by_one(decode, problem, state)
+        expected, _ = one_by_one(decoded, problem, state)
     with torch.inference_mode():
-        found, _ = one_by_one(decode, problem, state.map(torch.clone))
+        found, _ = one_by_one(decoded, problem, state.map(torch.clone))
     same(found, expected, 1e-12)
     assert not any(x.is_inference() for n, x in found.items() if n != "y")
 
@@ -152,23 +161,30 @@ def test_inference_mode_gives_ordinary_tensors():
     "change", ["gradients", "tokens", "observed", "valid", "memory", "steps", "retention"]
 )
 def test_what_is_left_to_others(change):
-    rule, T = TITANS, 2 if change == "tokens" else 1
-    if change == "memory":
-        rule = Rule(GatedMLP())
-    elif change == "steps":
-        rule = Rule(MLP(), algorithm=GradientDescent(steps=2))
-    elif change == "retention":
-        rule = Rule(MLP(), retention=ProximalElasticNet(0.1))
-    masks = Masks(valid=torch.ones(1, 1, dtype=torch.bool)) if change == "valid" else Masks()
-    with torch.set_grad_enabled(change == "gradients"), observe(active=change == "observed"):
-        assert not decodes(rule, torch.zeros(1, 1, T, 4), masks)
-    with torch.no_grad():
-        assert decodes(TITANS, torch.zeros(1, 1, 1, 4), Masks())
+    rule = {
+        "memory": Rule(GatedMLP(), chunk_size=5),
+        "steps": Rule(MLP(), algorithm=GradientDescent(steps=2), chunk_size=5),
+        "retention": Rule(MLP(), retention=ProximalElasticNet(0.1), chunk_size=5),
+    }.get(change, TITANS)
+
+    def way(rule: Rule, change: str) -> str:
+        problem = Problem(rule, seed=5, T=2 + T, channels=False)
+        tokens = 2 if change == "tokens" else 1
+        masks = dict.fromkeys(("valid", "write", "reset"))
+        if change == "valid":
+            masks["valid"] = torch.ones(problem.B, 1, dtype=torch.bool)
+        with torch.set_grad_enabled(change == "gradients"), observe(active=change == "observed"):
+            state = init_state(rule, problem.start())
+            call = Call.of(**piece(problem, slice(0, tokens)), **masks)
+            return way_of(rule, call, planned(rule, state, call)).name
+
+    assert way(rule, change) != "one token"
+    assert way(TITANS, "nothing") == "one token"
 
 
 def test_other_gradients_are_not_lost():
     problem = Problem(TITANS, seed=3, T=2 + T)
-    y, _ = engine.scan(TITANS, begun(problem), **piece(problem, slice(2, 3)))
+    y, _ = scan(TITANS, begun(problem), **piece(problem, slice(2, 3)))
     assert y.requires_grad
 
 
@@ -179,4 +195,4 @@ def test_wrong_arguments_are_refused():
         state = begun(problem)
         for wrong in ({"k": good["k"][..., :-1]}, {"gates": {}}, {"v": good["v"][:1]}):
             with pytest.raises(ValueError, match="scan: "):
-                engine.scan(TITANS, state, **good | wrong)
+                scan(TITANS, state, **good | wrong)

@@ -12,9 +12,9 @@ from miras.core.activation import gelu, layer_norm, silu
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.rule import Rule, init_state
-from miras.engine import chunks as scan_module
-from miras.engine.chunks import scan
-from miras.engine.kernels import fast_step, products, step
+from miras.engine import chunks as module
+from miras.engine import scan
+from miras.engine.kernels import advance, fast_advance, fast_read, products, read
 from miras.nn.norm import unit
 
 
@@ -22,55 +22,49 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-def inputs(d_in: int, d_out: int, momentum: bool, n: int = 3) -> list[Tensor]:
-    """What a step takes, for 2 rows of 2 heads."""
-    R, weight = 4, (2, 2, d_in, d_out)
-    taken = [random(R, n, d_in), random(R, n, d_in), random(R, n, d_out)]
-    taken += [random(R, n, n), random(R, n, 1), random(*weight)]
-    if momentum:
-        taken += [random(R, n, 1), random(*weight), random(R, n, 1), random(R, 1, 1)]
+def inputs(of: str, d_in: int, d_out: int, momentum: bool, n: int = 3) -> list[Tensor]:
+    """What a read or an advance takes, for 2 rows of 2 heads."""
+    R, weight, m = 4, (2, 2, d_in, d_out), n if of == "read" else 1
+    taken = [random(R, n, d_in)] * (of == "read") + [random(R, n, d_in), random(R, n, d_out)]
+    taken += [random(R, n, n if of == "read" else 1)]
+    for _ in range(1 + momentum):
+        taken += [random(R, m, 1), random(*weight)]
     return taken
+
+
+BOTH = {"read": (read, fast_read), "advance": (advance, fast_advance)}
 
 
 @pytest.mark.parametrize("momentum", [False, True])
 @pytest.mark.parametrize(("d_in", "d_out"), [(2, 3), (3, 2), (2, 2)])
-def test_a_step(d_in: int, d_out: int, momentum: bool) -> None:
+@pytest.mark.parametrize("of", BOTH)
+def test_reading_and_advancing(of: str, d_in: int, d_out: int, momentum: bool) -> None:
     torch.manual_seed(0)
-    taken = inputs(d_in, d_out, momentum)
+    taken, (slow, fast) = inputs(of, d_in, d_out, momentum), BOTH[of]
     with torch.no_grad():
-        silent = fast_step(*taken)
-    for slow, fast, plain in zip(step(*taken), fast_step(*taken), silent, strict=True):
-        assert torch.allclose(slow, fast, atol=1e-12) and torch.equal(fast, plain)
-    assert gradcheck(fast_step, taken) and gradgradcheck(fast_step, taken)
+        silent = fast(*taken)
+    assert torch.allclose(slow(*taken), fast(*taken), atol=1e-12) and torch.equal(fast(*taken), silent)
+    assert gradcheck(fast, taken) and gradgradcheck(fast, taken)
 
 
-@pytest.mark.parametrize("chosen", [0, 1, 2])
-def test_a_step_of_which_one_result_is_used(chosen: int) -> None:
-    torch.manual_seed(1)
-    taken = inputs(2, 4, momentum=True)
-    slow, fast = (
-        torch.autograd.grad(f(*taken)[chosen].sum(), taken, allow_unused=True, materialize_grads=True)
-        for f in (step, fast_step)
-    )
-    for a, b in zip(slow, fast, strict=True):
-        assert torch.allclose(a, b, atol=1e-12)
-
-
-def test_a_step_keeps_no_gelu_and_no_gradient_of_one() -> None:
+@pytest.mark.parametrize("of", BOTH)
+def test_a_step_keeps_no_gelu_and_no_gradient_of_one(of: str) -> None:
     torch.manual_seed(2)
-    _, keys, _, *rest = inputs(2, 4, momentum=True)
+    *_, keys, _, rest0, rest1, rest2 = inputs(of, 2, 4, momentum=False)
     before, after = random(4, 3, 2), random(4, 3, 4)
     kept: list[Tensor] = []
 
-    def run(before: Tensor, after: Tensor, keys: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def run(before: Tensor, after: Tensor, keys: Tensor, *rest: Tensor) -> Tensor:
         d = torch.autograd.grad(gelu(after).sin().sum(), after, create_graph=True)[0]
         x = gelu(before)
+        asked = [x] if of == "read" else []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            return fast_step(x, keys, d, *rest)
+            return BOTH[of][1](*asked, keys if of == "read" else x, d, *rest)
 
-    assert gradcheck(run, (before, after, keys, *rest)) and gradgradcheck(run, (before, after, keys, *rest))
+    taken = (before, after, keys, rest0, rest1, rest2)
+    assert gradcheck(run, taken) and gradgradcheck(run, taken)
     kept.clear()
-    run(before, after, keys, *rest)
+    run(*taken)
     made = [gelu(before), torch.autograd.grad(gelu(after).sin().sum(), after)[0]]
     assert any(torch.equal(before, t) for t in kept)
     assert not any(torch.equal(x, t) for x in made for t in kept)
@@ -135,10 +129,8 @@ def test_what_chunks_keep_is_about_what_is_reckoned(memory: Memory, momentum: bo
     state = init_state(rule, {m: leaf(1, heads, *s) for m, s in memory.shapes(width, width).items()})
     q, k, v = (leaf(1, heads, chunks * n, width) for _ in range(3))
     gates = {name: leaf(1, heads, chunks * n) for name in rule.gates()}
-    reckon, reckoned = scan_module._activation_bytes, list[int]()
-    monkeypatch.setattr(
-        scan_module, "_activation_bytes", lambda *a: reckoned.append(reckon(*a)) or reckoned[-1]
-    )
+    reckon, reckoned = module._activation_bytes, list[int]()
+    monkeypatch.setattr(module, "_activation_bytes", lambda *a: reckoned.append(reckon(*a)) or reckoned[-1])
     alive: WeakSet[Held] = WeakSet()
 
     def hold(x: Tensor) -> Held:

@@ -5,17 +5,15 @@ import itertools
 import pytest
 import torch
 
-from cases import Problem, name, same, second_derivatives
+from cases import Problem, by_way, fastest, name, same, second_derivatives
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import Huber
 from miras.core.memory import MLP
 from miras.core.observe import observe
+from miras.core.recurrence import recurrence
 from miras.core.retention import Decay, Keep, LqNorm
-from miras.core.rule import Rule, recurrence
-from miras.engine import chunks as scan_module
-from miras.engine import scan
-from miras.engine.chunks import scan as plain
-from miras.engine.mlp import fits
+from miras.core.rule import Rule
+from miras.engine import chunks, scan
 
 RULES = tuple(
     Rule(MLP(depth, 2, residual, norm), retention=retention, algorithm=algorithm, chunk_size=size)
@@ -32,11 +30,11 @@ RULES = tuple(
 @pytest.mark.parametrize("rule", RULES, ids=name)
 def test_it_is_the_recurrence(rule, monkeypatch):
     problem = Problem(rule, seed=RULES.index(rule), T=19)
-    assert fits(rule, problem.gates)
+    assert fastest(problem) == "mlp"
     y, state = problem.run(recurrence, [slice(0, problem.T)])
     wanted = problem.gradients(y, state)
-    for group in (scan_module.ACTIVATION_BYTES, 0):  # and with its chunks recomputed in groups
-        monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", group)
+    for group in (chunks.ACTIVATION_BYTES, 0):  # and with its chunks recomputed in groups
+        monkeypatch.setattr(chunks, "ACTIVATION_BYTES", group)
         fast_y, fast_state = problem.run(scan, problem.cuts())
         same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
         same(problem.gradients(fast_y, fast_state), wanted)
@@ -48,7 +46,7 @@ def test_it_is_the_recurrence(rule, monkeypatch):
 @pytest.mark.parametrize("rule", RULES[::5], ids=name)
 def test_second_outer_derivatives(rule):
     problem = Problem(rule, seed=RULES.index(rule), T=8, B=1, H=1)
-    same(*(second_derivatives(problem, function) for function in (scan, plain)), tolerance=1e-7)
+    same(*(second_derivatives(problem, function) for function in (by_way(0), by_way(1))), tolerance=1e-7)
 
 
 def test_what_is_watched_is_the_recurrence():
@@ -73,4 +71,4 @@ def test_what_is_watched_is_the_recurrence():
     ids=name,
 )
 def test_other_rules_have_another_way(rule):
-    assert not fits(rule, {})
+    assert fastest(Problem(rule, seed=2, T=5, channels=False)) != "mlp"

@@ -1,28 +1,29 @@
-"""`scan` and `recurrence` are one function: over every rule, mask, phase and cut, in values and gradients."""
+"""`recurrence` and every way of `scan` are one function: every rule, mask, phase and cut, values and gradients."""
 
 import pytest
 import torch
 
-import miras
-from cases import RULES, Problem, name, same, second_derivatives
+from cases import RULES, Problem, by_way, name, number_of_ways, same, second_derivatives
 from miras.core.bias import Huber
 from miras.core.memory import MLP
 from miras.core.observe import observe
+from miras.core.recurrence import recurrence
 from miras.core.retention import LqNorm
-from miras.core.rule import Rule, recurrence
-from miras.engine import chunks as scan_module
-from miras.engine.chunks import scan
+from miras.core.rule import Rule
+from miras.engine import chunks, scan
 
 SMALL = [rule for rule in RULES if rule.chunk_size in (3, 16)]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name)
-def test_scan_is_the_recurrence(rule):
+def test_every_way_is_the_recurrence(rule):
     problem = Problem(rule, seed=RULES.index(rule))
     y, state = problem.run(recurrence, [slice(0, problem.T)])
-    fast_y, fast_state = problem.run(scan, problem.cuts())
-    same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
-    same(problem.gradients(fast_y, fast_state), problem.gradients(y, state))
+    wanted = problem.gradients(y, state)
+    for number in range(number_of_ways(problem)):
+        fast_y, fast_state = problem.run(by_way(number), problem.cuts())
+        same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
+        same(problem.gradients(fast_y, fast_state), wanted)
 
 
 @pytest.mark.parametrize("rule", SMALL, ids=name)
@@ -30,7 +31,7 @@ def test_recomputing_groups_changes_nothing(rule, monkeypatch):
     problem = Problem(rule, seed=RULES.index(rule) + 1000)
     y, state = problem.run(scan, [slice(0, problem.T)])
     expected = problem.gradients(y, state)
-    monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
+    monkeypatch.setattr(chunks, "ACTIVATION_BYTES", 0)
     y2, state2 = problem.run(scan, [slice(0, problem.T)])
     same({"y": y2} | state2.tensors(), {"y": y} | state.tensors(), 1e-12)
     same(problem.gradients(y2, state2), expected)
@@ -119,13 +120,13 @@ SECOND = [rule for rule in RULES if rule.chunk_size == 3][:: len(RULES) // 12]
 
 @pytest.mark.parametrize("rule", SECOND, ids=name)
 def test_second_outer_derivatives(rule, monkeypatch):
-    monkeypatch.setattr(scan_module, "ACTIVATION_BYTES", 0)
+    monkeypatch.setattr(chunks, "ACTIVATION_BYTES", 0)
     problem = Problem(rule, seed=RULES.index(rule) + 7000, T=7, B=1, H=1)
     same(*(second_derivatives(problem, function) for function in (scan, recurrence)), tolerance=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's compiler has many, about itself
-@pytest.mark.parametrize("function", [scan, recurrence, miras.scan])
+@pytest.mark.parametrize("function", [scan, recurrence])
 def test_compiling_loses_no_gradient(function):
     problem = Problem(Rule(MLP(depth=1), Huber(delta=0.5), chunk_size=2), seed=8000, T=5, B=1, H=1)
     expected = problem.run(function, [slice(0, 5)])

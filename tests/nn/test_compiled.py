@@ -54,17 +54,20 @@ def same(got: LMState, want: LMState) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_inside_is_a_call(name):
     model, tokens, state = prepared(name)
+    fast = miras.Compiled(model, backend="eager")
     chunk = 0 if name == "transformer" else model.config.rule.chunk_size
     segment = MODELS[name].get("segment_size", 0)
     for t in range(14):
         at = (10 + t, 8 + t)  # tokens of each row before this one
         ends = chunk > 1 and any((n + 1) % chunk == 0 for n in at)
         begins = segment > 0 and any(n % segment == 0 for n in at)
-        assert model.model.inside(state) == (not ends and not begins)
         x = tokens[:, 10 + t : 11 + t]
+        inside = fast._fitting(x, state) is not None
+        assert inside == (not ends and not begins)
         logits, after = model(x, state)
-        if model.model.inside(state):
-            y, there = model.step(x, state)
+        if inside:
+            y, layers = model.one_token(x, state.layers, fast._place)
+            there = LMState(layers, after.tokens, place=after.place)
             assert torch.equal(y, logits)
             assert all(map(torch.equal, there.tensors().values(), after.tensors().values()))
         state = after
@@ -81,7 +84,9 @@ def test_one_graph_gives_the_models_numbers(name):
     for t in range(10, 30):
         want, state = model(tokens[:, t : t + 1], state)
         # As generation hands it on: the state, and the logits beside it.
-        y, quick = fast(tokens[:, t : t + 1], StreamState(quick.layers, quick.tokens, want[:, -1]))
+        y, quick = fast(
+            tokens[:, t : t + 1], StreamState(quick.layers, quick.tokens, want[:, -1], place=quick.place)
+        )
         torch.testing.assert_close(y, want, rtol=0, atol=1e-9)
     same(quick, state)
     graphs = 2 if name == "transformer" else 1  # another one for a window that grows
@@ -132,7 +137,7 @@ def test_no_compiler_is_said_in_one_line(monkeypatch):
         )
 
     monkeypatch.setattr(fast, "_step", fails)
-    monkeypatch.setattr(model.model, "inside", lambda _: True)
+    monkeypatch.setattr(fast, "_one_graph", lambda _: True)
     with pytest.raises(
         OSError, match="raised: InvalidCxxCompiler: no compiler; name a C\\+\\+ compiler in CXX"
     ):
@@ -147,9 +152,3 @@ def test_what_the_model_refuses_is_refused():
         fast(tokens[:, 10:11].int(), state)
     with pytest.raises(ValueError, match="it has 2 layers, this one 1"):
         fast(tokens[:, 10:11], LMState(state.layers * 2, state.tokens))
-
-
-def test_a_step_records_no_gradient():
-    model, tokens, state = prepared("titans-lmm")
-    with pytest.raises(AssertionError):
-        model.step(tokens[:, 10:11], state)

@@ -362,14 +362,14 @@ def test_bfloat16(name):
 @every
 def test_autocast(name, monkeypatch):
     model, seen = build(name), []
-    scan = miras.nn.memory.scan
+    run = miras.nn.memory.run
 
-    def spy(rule, state, *inputs, **masks):
-        seen.extend(x.dtype for x in (*inputs[:3], *inputs[3].values(), *state.A.values()))
+    def spy(rule, state, call, plan):
+        seen.extend(x.dtype for x in (call.q, call.k, call.v, *call.gates.values(), *state.A.values()))
         assert not torch.is_autocast_enabled("cpu")
-        return scan(rule, state, *inputs, **masks)
+        return run(rule, state, call, plan)
 
-    monkeypatch.setattr(miras.nn.memory, "scan", spy)
+    monkeypatch.setattr(miras.nn.memory, "run", spy)
     with torch.autocast("cpu", torch.bfloat16):
         logits, state = model(text(2, 25))
         more, _ = model(text(2, 6, seed=1), state)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from miras.core.rule import init_state, recurrence
-from miras.engine.chunks import scan
+from miras.core.recurrence import recurrence
+from miras.core.rule import init_state
+from miras.engine import scan
 from miras.nn.lm import LM, LMState
 from miras.zoo import preset
 

@@ -14,9 +14,10 @@ from torch.nn.functional import normalize
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix
-from miras.core.rule import Rule, anchor_weights, base_of, init_state, norm
+from miras.core.recurrence import norm
+from miras.core.rule import Rule, anchor_weights, base_of, init_state
 from miras.data.novel import load_novel
-from miras.engine.chunks import scan
+from miras.engine import scan
 from miras.nn.gates import Gate, Gates
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryLayer, MemoryReader, MemoryState

@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from miras.core.typed import Typed
+from miras.core.bias import L2
+from miras.core.memory import Matrix
+from miras.core.typed import Typed, overridden
 
 
 class Algorithm(Typed, ABC):
@@ -35,9 +37,25 @@ class Algorithm(Typed, ABC):
         """Whether the step is S itself, so that the accumulator stays linear in the gradients."""
         return type(self).direction is Algorithm.direction
 
+    @property
+    def form(self) -> frozenset[str]:
+        """What there is about it that a way to run it must know: the methods below that are its own, and options."""
+        options = {
+            "momentum": self.momentum,
+            "step_bound": self.step_bound > 0,
+            "steps": self.steps > 1,
+            "first_order": self.first_order,
+        }
+        own = overridden(self, Algorithm, ("step_size", "surprise", "direction"))
+        return own | {name for name, there in options.items() if there}
+
     def step_size(self, lr: Tensor, k: Tensor) -> Tensor:
         """The step from its gate (..., T) or channel-wise (..., T, 1 or d_in, 1 or d_out), keys (..., T, Dk)."""
         return lr
+
+    def surprise(self, before: Tensor | None, momentum: Tensor | None, step: Tensor) -> Tensor:
+        """S_t (..., d_in, d_out) from S_{t-1} and step = -lr_t grad_t; both None without momentum."""
+        return step if before is None or momentum is None else momentum * before + step
 
     def direction(self, S: Tensor) -> Tensor:
         """The step (..., d_in, d_out) that a surprise of the same shape asks for."""
@@ -114,7 +132,7 @@ class Implicit(Algorithm):
         return lr / (1 + lr * k.square().sum(-1))
 
     def refusal(self, rule: Any) -> str | None:
-        if type(rule.memory).__name__ != "Matrix" or type(rule.bias).__name__ != "L2":
+        if type(rule.memory) is not Matrix or type(rule.bias) is not L2:
             return "an implicit step has a closed form only for a Matrix memory with the L2 bias"
         if not rule.retention.direct or not rule.retention.linear:
             return "an implicit step solves for the weights themselves, which this retention maps"

@@ -3,8 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -51,9 +53,48 @@ class Memory(Typed, ABC):
         """Key and value width of a memory with these weights."""
         return next(iter(shapes.values()))[0], list(shapes.values())[-1][1]
 
+    @property
+    def form(self) -> frozenset[str]:
+        """What there is about it that a way to run it must know: "scale", "scale and linear", "weight used again"."""
+        try:
+            return _known_form(self)
+        except TypeError:  # not hashable
+            return _form(self)
+
     def refusal(self, rule: Any) -> str | None:
         """Why this memory has no meaning in a rule, or None."""
         return None
+
+
+def _form(memory: Memory) -> frozenset[str]:
+    """By applying it once, to no number."""
+    width = 4
+    try:
+        shapes = memory.shapes(width, width)
+    except ValueError:
+        return frozenset({f"widths other than {width}"})
+    used: list[str] = []
+    kinds: set[str] = set()
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        used.append(name)
+        kinds.add("linear")
+        return x.new_empty(*x.shape[:-1], shapes[name][1])
+
+    def scale(name: str, x: Tensor) -> Tensor:
+        used.append(name)
+        kinds.add("scale")
+        return x
+
+    x = torch.empty(1, 1, 1, width, device="meta")
+    outer = {n: x.new_empty(1, 1, wide) for n, (wide, _) in memory.outer(width, width).items()}
+    with torch.no_grad():
+        memory.apply(x, Weights(linear, scale, outer))
+    both = {"scale and linear"} if len(kinds) > 1 else kinds - {"linear"}
+    return frozenset(both | ({"weight used again"} if len(set(used)) < len(used) else set()))
+
+
+_known_form = lru_cache(maxsize=256)(_form)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,11 @@
 import html
 import math
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +23,10 @@ class Observation(Mapping[str, dict[str, Tensor]]):
     """
 
     calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict[str, list[dict[str, Tensor]]])
-    layer: str = "memory"
-    steps: int = 1
 
-    def record(self, values: dict[str, Tensor]) -> None:
-        """Append the values (B, H, T) of one call; of tokens that take several steps, those of the last one."""
-        values = {n: x[..., self.steps - 1 :: self.steps] for n, x in values.items()}
-        self.calls.setdefault(self.layer, []).append(values)
+    def record(self, layer: str, values: dict[str, Tensor]) -> None:
+        """Append the values (B, H, T) of one call of a layer."""
+        self.calls.setdefault(layer, []).append(values)
 
     def __getitem__(self, layer: str) -> dict[str, Tensor]:
         calls = self.calls[layer]
@@ -98,32 +96,18 @@ def observe(active: bool = True) -> Generator[Observation, None, None]:
         _open.reset(token)
 
 
-def layer(name: str) -> AbstractContextManager[None]:
-    """Name the layer whose memory runs inside the block."""
-    if torch.compiler.is_compiling():  # a compiled token is not watched
-        return nullcontext()
-    seen = _open.get()
-    return nullcontext() if seen is None else _named(seen, name)
+class Watch(NamedTuple):
+    """Where what one layer does is recorded: an argument of its run."""
+
+    seen: Observation
+    layer: str
+
+    def record(self, values: dict[str, Tensor], steps: int = 1) -> None:
+        """The values (B, H, steps T) of a call; of tokens that take several steps, those of the last one."""
+        self.seen.record(self.layer, {n: x[..., steps - 1 :: steps] for n, x in values.items()})
 
 
-@contextmanager
-def _named(seen: Observation, name: str) -> Generator[None, None, None]:
-    before, seen.layer = seen.layer, name
-    try:
-        yield
-    finally:
-        seen.layer = before
-
-
-@contextmanager
-def per_token(steps: int) -> Generator[None, None, None]:
-    """Inside the block every token is recorded as `steps` of them."""
-    seen = _open.get()
-    if seen is None:
-        yield
-        return
-    before, seen.steps = seen.steps, steps
-    try:
-        yield
-    finally:
-        seen.steps = before
+def watching(layer: str) -> Watch | None:
+    """The observation that is open here, for a layer of that name; a compiled call is not watched."""
+    seen = None if torch.compiler.is_compiling() else observing()
+    return None if seen is None else Watch(seen, layer)

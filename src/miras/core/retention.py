@@ -61,6 +61,17 @@ class Retention(Typed, ABC):
         """Whether the accumulator is the weights: `link` is the identity."""
         return type(self).link is Retention.link
 
+    @property
+    def form(self) -> frozenset[str]:
+        """What there is about it that a way to run it must know: the methods below that are its own, and options."""
+        options = {
+            "link": not self.direct,
+            "advance": not self.linear,
+            "decayed": self.decayed,
+            "returns": self.returns,
+        }
+        return frozenset(name for name, there in options.items() if there)
+
     def link(self, A: Tensor) -> Tensor:
         """The weights (..., d_in, d_out) that belong to an accumulator of the same shape."""
         return A
@@ -125,7 +136,7 @@ class ElasticNet(Retention):
 
     @property
     def direct(self) -> bool:
-        return self.gamma == 0
+        return self.gamma == 0 and type(self).link is ElasticNet.link
 
     def link(self, A: Tensor) -> Tensor:
         if self.gamma == 0:  # a kink of S at 0 would cost the gradient there
@@ -153,7 +164,7 @@ class ProximalElasticNet(Retention):
 
     @property
     def linear(self) -> bool:
-        return self.gamma == 0
+        return self.gamma == 0 and type(self).advance is ProximalElasticNet.advance
 
     def advance(self, A: Tensor, keep: Tensor | float, step: Tensor) -> Tensor:
         A = keep * A + step
@@ -192,7 +203,7 @@ class LqNorm(Retention):
 
     @property
     def direct(self) -> bool:
-        return self.q == 2
+        return self.q == 2 and type(self).link is LqNorm.link
 
     def link(self, A: Tensor) -> Tensor:
         if self.q == 2:  # exactly the identity, without the rounding of powers

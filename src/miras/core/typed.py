@@ -5,6 +5,7 @@ import math
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -67,3 +68,8 @@ def _resolved(cls: Any, name: str, hint: str) -> Any:
         return eval(hint, dict(vars(sys.modules[home.__module__])))
     except NameError:
         return None
+
+
+def overridden(choice: Any, base: type, names: Iterable[str]) -> frozenset[str]:
+    """Which of these methods a choice does not have from `base`."""
+    return frozenset(name for name in names if getattr(type(choice), name) is not getattr(base, name))

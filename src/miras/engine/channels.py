@@ -7,7 +7,7 @@ goes into x or into d. So a memory goes from chunk to chunk as a weighted sum of
 
 and no A_t inside a chunk is needed for the next one. What the tokens read is known afterwards, of all chunks side by
 side: as masked attention over each chunk with a decay by channel where A is the weights, else with its A_t formed in
-tiles (`miras.engine.formed`). Products of keep are never divided: they are exact where a gate is 0 or 1.
+tiles (`miras.engine.tiles`). Products of keep are never divided: they are exact where a gate is 0 or 1.
 
 Shapes, with R = B * H: N chunks of n tokens; x (R, N, n, d_in), d (R, N, n, d_out).
 """
@@ -21,28 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.memory import Weights
-from miras.core.observe import observing
 from miras.core.rule import Rule, State, close_chunk, gate_of
-from miras.core.state import Tree, choose
-from miras.engine import formed, mlp
-from miras.engine.chunks import (
-    Chunks,
-    Fixed,
-    gradient_factors,
-    has_dual_form,
-    leave_open,
-    recomputed,
-    step_sizes,
-)
+from miras.core.state import Tree
+from miras.engine import mlp, tiles
+from miras.engine.chunks import Chunks, begun, contiguous
 from miras.engine.exact import met_by_key_channel
+from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
 from miras.engine.kernels import products, recorded
-
-
-def fits(rule: Rule, gates: Tree) -> bool:
-    """Whether a rule with these gates has this form, and not the simpler dual one."""
-    linear = rule.retention.linear and rule.algorithm.direct
-    matrices = not (rule.memory.elementwise or rule.algorithm.momentum)
-    return linear and matrices and not has_dual_form(rule, gates) and observing() is None
+from miras.engine.recompute import recomputed
 
 
 class Sides(NamedTuple):
@@ -79,25 +65,19 @@ def run(
     rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
     """Chunks one after the other, and then their reads."""
-    assert trace is None
-    if chunks.starts[0] is not None and fresh is not None:
-        state = choose(chunks.starts[0], fresh, state)
+    assert trace is None, "what an observation shows is formed elsewhere"
+    state = begun(state, fresh, chunks, 0)
     B, H, N = chunks.q.shape[:3]
     gated = {n: _gated(rule, state, chunks, n) for n in state.A}
     k, v = (x.flatten(0, 1).unbind(1) for x in (chunks.k, chunks.v))
-    of_bias = {n: chunks.gates[n].flatten(0, 1) for n in rule.bias.gates}
-    of_bias = {n: (g.squeeze(-2) if g.dim() == 5 else g).unbind(1) for n, g in of_bias.items()}
-    fixed = Fixed(
-        {n: a.flatten(0, 1) for n, a in chunks.fixed.base.items()},
-        {n: p.repeat(B, 1) for n, p in chunks.fixed.outer.items()},
-    )
+    of_bias = {n: g.flatten(0, 1).unbind(1) for n, g in gates_of_bias(rule, chunks).items()}
+    fixed = chunks.fixed.by_head(B)
     starts: dict[str, list[Tensor]] = {n: [] for n in state.A}
     xs: dict[str, list[Tensor]] = {n: [] for n in state.A}
     ds: dict[str, list[Tensor]] = {n: [] for n in state.A}
     for j in range(N):
-        start, end = chunks.starts[j], chunks.ends[j]
-        if j > 0 and start is not None and fresh is not None:
-            state = choose(start, fresh, state)
+        state = state if j == 0 else begun(state, fresh, chunks, j)
+        end = chunks.ends[j]
         kept = {n: g.before[:, j] for n, g in gated.items()}
         gates = {n: g[j] for n, g in of_bias.items()}
         if mlp.has_factors(rule):
@@ -115,7 +95,7 @@ def run(
             xs[n].append(x[n])
             ds[n].append(d[n])
         state = replace(state, A=A)
-        if isinstance(end, Tensor):
+        if end is not None:
             retained = {n: r * kept[n][:, -1].unflatten(0, (B, H)) for n, r in state.retained.items()}
             state = leave_open(rule, replace(state, retained=retained), chunks, j, end)
         else:
@@ -127,7 +107,7 @@ def run(
         written = _scaled(torch.stack(ds[name], 1), g.step.d)
         A = torch.stack(starts[name], 1)
         if not rule.retention.direct:
-            return formed.read(rule.retention, x, keys, written, g.keep, A, fixed.base.get(name))
+            return tiles.read(rule.retention, x, keys, written, g.keep, A, fixed.base.get(name))
         before = Sides.of(g.before)
         y = _scaled(_scaled(x, before.x) @ A, before.d) + _met(x, keys, written, Sides.of(g.keep))
         return y + x @ fixed.base[name][:, None] if fixed.base else y
@@ -137,9 +117,7 @@ def run(
 
     outer = {n: p[:, None, None] for n, p in fixed.outer.items()}
     y = rule.memory.apply(chunks.q.flatten(0, 1), Weights(read, scale, outer))
-    # In one layout whether it was held or loaded: a product's rounding depends on it, and resuming is bit for bit.
-    state = state.map(torch.Tensor.contiguous)
-    return y.flatten(1, 2).unflatten(0, (B, H)), state
+    return y.flatten(1, 2).unflatten(0, (B, H)), contiguous(state)
 
 
 def _gated(rule: Rule, state: State, chunks: Chunks, name: str) -> Gated:

@@ -7,6 +7,7 @@ Shapes: N = B H memories side by side, n weights of each, C the chunk.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,15 +17,13 @@ from torch import Tensor
 from miras.core.activation import EPS, gelu_backward
 from miras.core.bias import L2, Dot
 from miras.core.memory import MLP, Matrix
-from miras.core.observe import observing
 from miras.core.rule import (
-    Masks,
+    Call,
     Rule,
     State,
     anchor_weights,
     base_of,
     bias_gates,
-    check,
     close_chunk,
     directed,
     gate_of,
@@ -32,50 +31,29 @@ from miras.core.rule import (
     per_head,
     weights,
 )
-from miras.core.state import Tree, choose, known, ordinary
+from miras.core.state import Tree, choose
+from miras.engine.plan import Plan
 
 Backward = Callable[[Tensor], tuple[Tree, Tree]]
 """From d loss / d output (N, 1, Dv) to x (N, 1, d_in) and d (N, 1, d_out) of every weight."""
 
 
-def decodes(rule: Rule, q: Tensor, masks: Masks) -> bool:
-    """Whether these tokens have a form for one token at a time."""
-    one = q.dim() == 4 and q.shape[2] == 1 and all(mask is None for mask in masks)
-    return one and not torch.is_grad_enabled() and _has_form(rule) and observing() is None
+def has_form(rule: Rule) -> bool:
+    """Whether the memory's gradient is written out here."""
+    return type(rule.memory) in _APPLY
 
 
 def compiles(rule: Rule) -> bool:
-    """Whether `decode` with `inside` is plain operations on tensors for this rule, which can be compiled as one."""
-    return _has_form(rule) and type(rule.bias) in (L2, Dot)
+    """Whether `decode` is plain operations on tensors for this rule, which can be compiled as one."""
+    return has_form(rule) and type(rule.bias) in (L2, Dot)
 
 
-def _has_form(rule: Rule) -> bool:
-    return type(rule.memory) in _APPLY and rule.algorithm.steps == 1 and rule.retention.linear
-
-
-@ordinary
-def decode(
-    rule: Rule,
-    state: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tree,
-    *,
-    initial: Tree | None = None,
-    outer: Tree | None = None,
-    inside: bool = False,
-) -> tuple[Tensor, State]:
-    """`recurrence` for one token without masks, of what `decodes` accepts: the same arguments, the same numbers.
-
-    `inside` says that they fit together and that the token ends no chunk of several tokens: nothing is asked. No
-    gradient may be recorded.
-    """
+def decode(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
+    """One token of every row, without masks and without a gradient."""
     assert not torch.is_grad_enabled()
-    if not inside:
-        check(rule, state, q, k, v, gates, Masks(), initial, outer)
+    q, k, v, gates = call.q, call.k, call.v, call.gates
     apply = _APPLY[type(rule.memory)]
-    apart = {n: p[:, None].repeat(len(q), 1, 1) for n, p in (outer or {}).items()}
+    apart = {n: p[:, None].repeat(len(q), 1, 1) for n, p in call.outer.items()}
     forgets = "forget" in rule.retention.gates
     keep = {n: 1 - _beside(gate_of(gates, "forget", n)) for n in state.A} if forgets else {}
 
@@ -83,7 +61,7 @@ def decode(
     if rule.retention.decayed:
         retained = {n: r * keep[n] for n, r in retained.items()}
         anchor = {n: w * (retained or keep)[n] for n, w in anchor.items()}
-    base = _flat(base_of(rule, initial))
+    base = _flat(base_of(rule, call.initial))
     anchor = anchor_weights(rule, anchor, base)
     pred, backward = apply(rule.memory, anchor, apart, k.flatten(0, 1))
     xs, ds = backward(_slope(rule, pred, v.flatten(0, 1), gates))
@@ -104,13 +82,11 @@ def decode(
     y, _ = apply(rule.memory, weights(rule, A, base), apart, q.flatten(0, 1))
 
     back = lambda tree: {n: x.view(state.A[n].shape) for n, x in tree.items()}  # noqa: E731
-    ends = [rule.chunk_size == 1]
-    if rule.chunk_size > 1 and not inside:
-        ends = [phase + 1 == rule.chunk_size for phase in known(state.phase)]
-    after = State(
+    ends = [(place + 1) % rule.chunk_size == 0 for place in plan.place]
+    after = replace(
+        state,
         A=back(A),
         S=back(S),
-        anchor=state.anchor,
         phase=state.phase + 1,
         retained=back(retained),
         recent=state.recent if all(ends) else _met(state, k, sizes),

@@ -14,60 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.algorithm import Algorithm, GradientDescent
-from miras.core.bias import L2, Dot
-from miras.core.memory import Matrix
-from miras.core.observe import observing, per_token
+from miras.core.bias import L2
+from miras.core.recurrence import unrolled
 from miras.core.retention import Decay, Keep
-from miras.core.rule import Inputs, Masks, Rule, State, base_of, check, init_state, unrolled
-from miras.core.state import Tree, choose, ordinary
-from miras.engine.chunks import Chunks, Coefficients, Fixed, chunked, dual
+from miras.core.rule import Call, Gates, Rule, State, base_of, gate_of, init_state
+from miras.core.state import Tree, choose
+from miras.engine.chunks import Chunks, Fixed, Run, laid_out
+from miras.engine.dual import Coefficients, dual
 from miras.engine.kernels import accumulate, products
+from miras.engine.plan import Plan
 
 BLOCK = 64
 """Tokens of a block: a tile of the computation, no part of any model."""
 
 
-def fits(rule: Rule, gates: Tree) -> bool:
-    """Whether a rule with these gates has a blockwise form."""
-    linear = (
-        type(rule.retention) in (Decay, Keep) and rule.algorithm.direct and not rule.algorithm.first_order
-    )
-    exact = rule.chunk_size == 1 and type(rule.memory) is Matrix and type(rule.bias) in (L2, Dot)
-    if not (linear and exact):
-        return False
-    channels = [n.split(".")[0] for n, g in gates.items() if g.dim() == 5]
-    return not channels or (
-        channels == ["forget"]
-        and all(g.shape[4] == 1 for g in gates.values() if g.dim() == 5)
-        and type(rule.bias) is Dot
-        and not rule.algorithm.momentum
-        and observing() is None
+def blockwise(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
+    """Gradients of a block at once, one solve for L2."""
+    return _by_blocks(
+        partial(dual, factors=partial(_solved, rule.retention.decayed)), rule, state, call, plan
     )
 
 
-@ordinary
-def blockwise(
-    rule: Rule,
-    state: State,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Tree,
-    *,
-    valid: Tensor | None = None,
-    write: Tensor | None = None,
-    reset: Tensor | None = None,
-    initial: Tree | None = None,
-    outer: Tree | None = None,
-) -> tuple[Tensor, State]:
-    """`recurrence` for rules that `fits` accepts: the same arguments, the same numbers."""
-    masks = Masks(valid, write, reset)
-    check(rule, state, q, k, v, gates, masks, initial, outer)
+def hebbian(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
+    """All blocks at once: Dot without momentum, with nobody watching."""
+    return _by_blocks(_all_blocks, rule, state, call, plan)
+
+
+def _by_blocks(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
     steps = rule.algorithm.steps
-    fresh = None if initial is None else _opened(init_state(rule, initial))
-    fixed = Fixed(base_of(rule, initial), {})
-    rule, inputs, masks = unrolled(rule, (q, k, v, gates), masks)
-    inputs = _plain(rule, inputs)
+    fresh = None if call.initial is None else _opened(init_state(rule, call.initial))
+    fixed = Fixed(base_of(rule, call.initial), {})
+    rule, call = unrolled(rule, call)
+    call = replace(call, gates=_plain(rule, call.gates, call.k))
     tile = Rule(
         rule.memory,
         rule.bias,
@@ -75,12 +53,9 @@ def blockwise(
         GradientDescent(momentum=rule.algorithm.momentum),
         BLOCK,
     )
-    at_once = type(rule.bias) is Dot and not rule.algorithm.momentum and observing() is None
-    run = _all_blocks if at_once else partial(dual, factors=partial(_solved, rule.retention.decayed))
-    with per_token(steps):
-        y, after = chunked(run, tile, _opened(state), fresh, inputs, masks, fixed)
-    closed = replace(state, A=after.A, S=after.S, anchor=after.A)
-    return y[:, :, steps - 1 :: steps], closed
+    layout = plan.steps(steps).blocks(BLOCK)
+    y, after = laid_out(run, tile, _opened(state), fresh, call, layout, fixed, plan.watch, steps)
+    return y[:, :, steps - 1 :: steps], replace(state, A=after.A, S=after.S, anchor=after.A)
 
 
 def _opened(state: State) -> State:
@@ -88,12 +63,11 @@ def _opened(state: State) -> State:
     return replace(state, retained={}, recent={}, phase=torch.zeros_like(state.phase))
 
 
-def _plain(rule: Rule, inputs: Inputs) -> Inputs:
+def _plain(rule: Rule, gates: Gates, k: Tensor) -> Gates:
     """The algorithm's step in place of its gate."""
-    q, k, v, gates = inputs
     if type(rule.algorithm).step_size is Algorithm.step_size:
-        return inputs
-    return q, k, v, {n: rule.algorithm.step_size(g, k) if n.startswith("lr") else g for n, g in gates.items()}
+        return gates
+    return {n: rule.algorithm.step_size(g, k) if n[0] == "lr" else g for n, g in gates.items()}
 
 
 def _solved(
@@ -132,10 +106,9 @@ def _all_blocks(
     """Hebbian writing, blocks side by side: W_t = keep_t W_{t-1} + lr_t k_t v_t^T, keep by head or key channel."""
     q, k, v, gates = chunks.q, chunks.k, chunks.v, chunks.gates
     write = None if chunks.write is None else chunks.write[:, None]
-    pick = lambda name: gates.get(f"{name}.w", gates.get(name))  # noqa: E731
-    lr, forget = pick("lr"), pick("forget")
-    assert lr is not None and trace is None
-    keep = torch.ones_like(lr) if forget is None else 1 - forget
+    assert trace is None, "what an observation shows is formed elsewhere"
+    lr = gate_of(gates, "lr", "w")
+    keep = 1 - gate_of(gates, "forget", "w") if rule.retention.gates else torch.ones_like(lr)
     by_channel = keep.dim() == 6
     if write is not None:
         lr = torch.where(write, lr, 0)

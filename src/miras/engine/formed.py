@@ -1,219 +1,124 @@
-"""Reads of a memory whose weights are a map of its accumulator: the A_t of all tokens, formed tile by tile.
+"""Any maps and gates: every chunk's S_t and A_t are formed.
 
-    A_t = keep_t * A_{t-1} + keys_t d_t^T,   y_t = x_t link(A_t + base)
-
-A tile is some chunks of one head, small enough for a processor's cache. Everything about it happens there in place,
-in both directions; kept for the backward pass are the inputs alone.
-
-Shapes: R rows and heads, N chunks of n tokens; x, keys (R, N, n, d_in), d (R, N, n, d_out), keep (R, N, n, d_in or 1,
-d_out or 1), A before each chunk (R, N, d_in, d_out), base (R, d_in, d_out) or none. In a tile R is missing.
+Shapes: B rows, H heads, N chunks, n tokens of a chunk; (d_in, d_out) one weight.
 """
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from miras.core.retention import LqNorm, Retention, Simplex
-from miras.engine.kernels import accumulate, recorded
-
-TILE_BYTES = 1 << 19
-"""About the size of a tile's A_t; there are up to three buffers as large."""
-
-
-def read(
-    retention: Retention, x: Tensor, keys: Tensor, d: Tensor, keep: Tensor, A: Tensor, base: Tensor | None
-) -> Tensor:
-    """What every token reads, (R, N, n, d_out)."""
-    return _Read.apply(retention, x, keys, d, keep, A, *(() if base is None else (base,)))
+from miras.core.memory import Weights
+from miras.core.recurrence import norm, observed
+from miras.core.rule import Gates, Rule, State, close_chunk, directed, gate_of, linked
+from miras.core.state import Tree
+from miras.engine.chunks import Chunks, begun, written
+from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
+from miras.engine.kernels import accumulate
+from miras.engine.recompute import recomputed
 
 
-def _recording(retention: Retention, *inputs: Tensor) -> Tensor:
-    """The same of operations that can be differentiated any number of times."""
-    x, keys, d, keep, A, *base = inputs
-    A = accumulate(keep, keys[..., None] * d[..., None, :], A)
-    return (x[..., None, :] @ retention.link(A + base[0][:, None, None] if base else A))[..., 0, :]
+def formed_per_token(
+    rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+) -> tuple[Tensor, State]:
+    """Chunks one after the other, each with its S_t and A_t formed: for any maps and channel-wise gates."""
+    state = begun(state, fresh, chunks, 0)
+    made = _token_gates(rule, state, chunks)
+    q, k, v = (x.unbind(2) for x in chunks[:3])
+    gates = {name: g.unbind(2) for name, g in gates_of_bias(rule, chunks).items()}
+    reads: list[Tensor] = []
+    for j in range(len(q)):
+        state = state if j == 0 else begun(state, fresh, chunks, j)
+        mine = {name: g[j] for name, g in made.items()}
+        write, end = written(chunks, j), chunks.ends[j]
+        kept = {n: mine["keep", n].cumprod(2) for n in state.A} if rule.retention.decayed else None
+        of_bias = {name: g[j] for name, g in gates.items()}
+        xs, ds, loss = gradient_factors(rule, state, k[j], v[j], of_bias, chunks.fixed, kept)
+
+        form = partial(_form, rule, write, trace is not None)
+        y, *rest = recomputed(form, {"q": q[j]}, xs, ds, state.A, state.S, mine, *chunks.fixed)
+        reads.append(y)
+        A = dict(zip(state.A, rest, strict=False))
+        S = dict(zip(state.S, rest[len(A) :], strict=False))
+        if trace is not None:
+            momentary = torch.stack([_size(rule, xs[n], ds[n]) for n in xs]).norm(dim=0)
+            here = {name: g[:, :, j] for name, g in chunks.gates.items()}
+            seen = observed(here, {n: mine["lr", n] for n in A}, write) | {"loss": loss}
+            seen |= {"momentary": momentary, "accumulated": rest[-2], "weight": rest[-1]}
+            trace.append({n: x.detach() for n, x in seen.items()})
+        retained = {n: r * kept[n][:, :, -1] for n, r in state.retained.items()} if kept else {}
+        state = replace(state, A=A, S=S, retained=retained)
+        state = close_chunk(rule, state) if end is None else leave_open(rule, state, chunks, j, end)
+    return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
 
 
-class _Read(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, retention: Retention, *inputs: Tensor) -> Tensor:
-        ctx.retention = retention
-        ctx.save_for_backward(*inputs)
-        link = _map(retention)
-        x, keys, d, keep, A, *base = inputs
-        y = torch.empty_like(d)
-        for r, cut, (formed, spare) in _tiles(A, x.shape[2], 2):
-            _form(formed, keys[r, cut], d[r, cut], keep[r, cut], A[r, cut])
-            if base:
-                formed.add_(base[0][r])
-            y[r, cut] = link.read(formed, spare, x[r, cut])
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        inputs, needed = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():
-            again = lambda *inputs: _recording(ctx.retention, *inputs)  # noqa: E731
-            return None, *recorded(needed, again, grads, inputs)
-        link = _map(ctx.retention)
-        x, keys, d, keep, A, *base = inputs
-        by_x, by_keys, by_d, by_keep, by_A, *by_base = found = [torch.empty_like(i) for i in inputs]
-        for total in by_base:
-            total.zero_()
-        for r, cut, (formed, spare, g) in _tiles(A, x.shape[2], 3):
-            mine, share = A[r, cut], keep[r, cut]
-            _form(formed, keys[r, cut], d[r, cut], share, mine)
-            Z = torch.add(formed, base[0][r], out=spare) if base else formed
-            by_x[r, cut] = link.back(Z, spare, x[r, cut], grads[0][r, cut], g)
-            if base:
-                by_base[0][r] += g.sum((0, 1))
-            for t in range(g.shape[1] - 1, 0, -1):
-                g[:, t - 1].addcmul_(share[:, t], g[:, t])
-            by_keys[r, cut] = _row(d[r, cut], g.mT)
-            by_d[r, cut] = _row(keys[r, cut], g)
-            by_A[r, cut] = g[:, 0] * share[:, 0]
-            if needed[3]:
-                torch.mul(g[:, 0], mine, out=spare[:, 0])
-                torch.mul(g[:, 1:], formed[:, :-1], out=spare[:, 1:])
-                by_keep[r, cut] = spare.sum_to_size(share.shape)
-        return None, *(x if need else None for x, need in zip(found, needed, strict=True))
+def _form(
+    rule: Rule,
+    write: Tensor | None,
+    watched: bool,
+    q: Tree,
+    xs: Tree,
+    ds: Tree,
+    A: Tree,
+    S: Tree,
+    gates: Gates,
+    base: Tree,
+    outer: Tree,
+) -> tuple[Tensor, ...]:
+    """A chunk's reads, its last A and S, and if watched |S_t| and |W_t|, from S_t and A_t of every token."""
+    last: dict[str, list[Tensor]] = {"A": [], "S": []}
+    W: Tree = {}
+    moved: Tree = {}
+    for n in A:
+        x, d = xs[n], ds[n]
+        surprise = (x * d)[..., None] if rule.memory.elementwise else x[..., None] * d[..., None, :]
+        surprise = surprise * -gates["lr", n]
+        if rule.algorithm.momentum:
+            surprise = accumulate(gates["momentum", n], surprise, S[n])
+            last["S"].append(surprise[:, :, -1].clone())  # a view would keep those of every token
+        moved[n] = surprise
+        step = directed(rule, surprise)
+        if write is not None:
+            step = torch.where(write[:, None, :, None, None], step, 0)
+        grown = accumulate(gates["keep", n], step, A[n])
+        last["A"].append(grown[:, :, -1].clone())
+        W[n] = linked(rule, grown + base[n][:, :, None] if base else grown)
+    weights = Weights(
+        linear=lambda n, x: (x[..., None, :] @ W[n])[..., 0, :],
+        scale=lambda n, x: x * W[n][..., 0],
+        outer={n: p[:, None] for n, p in outer.items()},
+    )
+    y = rule.memory.apply(q["q"], weights)
+    seen = (norm(moved), norm(W)) if watched else ()
+    return (y, *last["A"], *last["S"], *seen)
 
 
-def _tiles(A: Tensor, n: int, buffers: int) -> Iterator[tuple[int, slice, tuple[Tensor, ...]]]:
-    """Head and chunks of every tile, and as many buffers of its size (chunks, n, d_in, d_out)."""
-    R, N, *shape = A.shape
-    size = max(1, min(N, TILE_BYTES // (n * shape[0] * shape[1] * A.element_size())))
-    room = A.new_empty(buffers, size, n, *shape)
-    for r in range(R):
-        for at in range(0, N, size):
-            count = min(size, N - at)
-            yield r, slice(at, at + count), room[:, :count].unbind(0)
+def _size(rule: Rule, x: Tensor, d: Tensor) -> Tensor:
+    """|grad_t| of one weight."""
+    return (x * d).norm(dim=-1) if rule.memory.elementwise else x.norm(dim=-1) * d.norm(dim=-1)
 
 
-def _form(out: Tensor, keys: Tensor, d: Tensor, keep: Tensor, A: Tensor) -> None:
-    """A_t of every token of a tile."""
-    torch.mul(keys[..., None], d[..., None, :], out=out)
-    for t in range(out.shape[1]):
-        out[:, t].addcmul_(keep[:, t], out[:, t - 1] if t else A)
+def _token_gates(rule: Rule, state: State, chunks: Chunks) -> dict[tuple[str, str], tuple[Tensor, ...]]:
+    """lr, keep and momentum of every weight by chunk, (B, H, n, d_in or 1, d_out or 1); what is unwritten stays."""
+    write = None if chunks.write is None else chunks.write[:, None, ..., None, None]
+    made: dict[tuple[str, str], tuple[Tensor, ...]] = {}
+
+    def put(name: str, weight: str, gate: Tensor, else_: float) -> None:
+        made[name, weight] = (gate if write is None else torch.where(write, gate, else_)).unbind(2)
+
+    for n in state.A:
+        put("lr", n, _wide(step_sizes(rule, state, chunks, n)), 0)
+        lr = gate_of(chunks.gates, "lr", n)
+        forget = (
+            gate_of(chunks.gates, "forget", n) if "forget" in rule.retention.gates else torch.zeros_like(lr)
+        )
+        put("keep", n, 1 - _wide(forget), 1)
+        if rule.algorithm.momentum:
+            put("momentum", n, _wide(gate_of(chunks.gates, "momentum", n)), 1)
+    return made
 
 
-def _row(x: Tensor, W: Tensor) -> Tensor:
-    """x_t W_t of every token."""
-    return (x[..., None, :] @ W)[..., 0, :]
-
-
-class _Map(Protocol):
-    def read(self, Z: Tensor, spare: Tensor, x: Tensor) -> Tensor:
-        """x link(Z). Both buffers are lost."""
-        ...
-
-    def back(self, Z: Tensor, spare: Tensor, x: Tensor, g: Tensor, by_Z: Tensor) -> Tensor:
-        """The gradient by x, for g that of the read, and in by_Z the one by Z. spare is lost; it may be Z."""
-        ...
-
-
-def _map(retention: Retention) -> _Map:
-    if type(retention) is LqNorm and not retention.literal:
-        return _Norm(retention.q)
-    if type(retention) is Simplex and retention.axis == "input":
-        return _Softmax(retention.scale)
-    return _Any(retention)
-
-
-class _Any:
-    """Any link, by autograd."""
-
-    def __init__(self, retention: Retention) -> None:
-        self.link = retention.link
-
-    def read(self, Z: Tensor, spare: Tensor, x: Tensor) -> Tensor:
-        return _row(x, self.link(Z))
-
-    def back(self, Z: Tensor, spare: Tensor, x: Tensor, g: Tensor, by_Z: Tensor) -> Tensor:
-        Z = Z.detach().requires_grad_()
-        with torch.enable_grad():
-            W = self.link(Z)
-        by_Z.copy_(torch.autograd.grad(W, Z, x[..., None] * g[..., None, :])[0])
-        return _row(g, W.detach().mT)
-
-
-class _Softmax:
-    """W = scale softmax(Z) over the inputs, never normalised: x W is (x E) / (1 E) with E = exp(Z - max)."""
-
-    def __init__(self, scale: float | None) -> None:
-        self.scale = scale
-
-    def read(self, Z: Tensor, spare: Tensor, x: Tensor) -> Tensor:
-        top, bottom = (self._rows(x) @ self._exp(Z, Z)).unbind(-2)
-        return top.div_(bottom).mul_(self._scale(Z))
-
-    def back(self, Z: Tensor, spare: Tensor, x: Tensor, g: Tensor, by_Z: Tensor) -> Tensor:
-        rows, E = self._rows(x), self._exp(Z, spare)
-        top, bottom = (rows @ E).unbind(-2)
-        by_top = g * (self._scale(E) / bottom)
-        into = torch.stack([by_top, -by_top * top / bottom], -2)
-        torch.bmm(rows.flatten(0, 1).mT, into.flatten(0, 1), out=by_Z.flatten(0, 1))
-        by_Z.mul_(E)
-        return _row(by_top, E.mT)
-
-    def _scale(self, Z: Tensor) -> float:
-        return Z.shape[-2] ** 0.5 if self.scale is None else self.scale
-
-    @staticmethod
-    def _rows(x: Tensor) -> Tensor:
-        return torch.stack([x, torch.ones_like(x)], -2)
-
-    @staticmethod
-    def _exp(Z: Tensor, out: Tensor) -> Tensor:
-        return torch.sub(Z, Z.amax(-2, keepdim=True), out=out).exp_()
-
-
-class _Norm:
-    """LqNorm's map: with u = Z / t, t the largest entry, s = u^2 + e^2 and P = sum s^(q/2), a constant t as there,
-
-    W = t P^(2/q - 1) V,   V = u s^(q/2 - 1),   dV/du = (q - 1) s^(q/2 - 1) - (q - 2) e^2 s^(q/2 - 2),   dP/du = q V
-    """
-
-    def __init__(self, q: float) -> None:
-        self.q = q
-
-    def read(self, Z: Tensor, spare: Tensor, x: Tensor) -> Tensor:
-        top, _, u, s = self._parts(Z, spare, Z)
-        power, size = self._size(s)
-        return _row(x, u.mul_(power)) * self._scale(top, size)
-
-    def back(self, Z: Tensor, spare: Tensor, x: Tensor, g: Tensor, by_Z: Tensor) -> Tensor:
-        top, e, u, s = self._parts(Z, by_Z, spare)
-        power, size = self._size(s)
-        V = u.mul_(power)  # in by_Z
-        g = g * self._scale(top, size)
-        by_x = _row(g, V.mT)
-        along = (x * by_x).sum(-1)[..., None, None] * (2 - self.q) / size
-        if self.q == 4:
-            slope = torch.add(-2 * e, s, alpha=3, out=s)
-        else:
-            slope = (self.q - 1) * power - (self.q - 2) * e * power / s
-        slope.mul_((x / top[..., 0])[..., None])
-        V.mul_(along / top).addcmul_(slope, g[..., None, :])
-        return by_x
-
-    def _parts(self, Z: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """t and e^2, (..., 1, 1), and in the buffers u and s."""
-        flat = Z.flatten(-2)  # both ends: several times as fast as aminmax, and no |Z| is made
-        top = torch.maximum(flat.amax(-1), -flat.amin(-1)).clamp_min(1e-6)[..., None, None]
-        e = (1e-6 / top).clamp_min(1e-7).square()
-        torch.mul(Z, 1 / top, out=u)
-        torch.addcmul(e, u, u, out=s)
-        return top, e, u, s
-
-    def _size(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        """s^(q/2 - 1) and P."""
-        if self.q == 4:
-            return s, torch.linalg.vector_norm(s, dim=(-2, -1), keepdim=True).square()
-        power = s.pow(self.q / 2 - 1)
-        return power, (power * s).sum((-2, -1), keepdim=True)
-
-    def _scale(self, top: Tensor, size: Tensor) -> Tensor:
-        return (top * size.pow(2 / self.q - 1))[..., 0]
+def _wide(gate: Tensor) -> Tensor:
+    """A gate beside a weight: (B, H, N, n) gets two more axes."""
+    return gate[..., None, None] if gate.dim() == 4 else gate

@@ -3,9 +3,7 @@
 Tables of products, reading and advancing are multilinear, so their gradients are known whatever the memory, bias and
 gates are. Written out they scale the narrower side of every product and accumulate in place.
 
-Shapes, with R = B * H: x (R, n, d_in) what is asked, keys (R, n, d_in), d (R, n, d_out); table (R, n, n), what a
-token reads of each token; A, S (B, H, d_in, d_out); first, first_S (R, n, 1), their shares in what a token reads;
-last (R, n, 1), each token's share in S at the chunk's end; carry (R, 1, 1), that of S itself.
+Shapes, with R = B * H: x (R, n, d_in) what is asked, keys (R, n, d_in), d (R, n, d_out); A, S (B, H, d_in, d_out).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,90 +16,97 @@ from torch import Tensor
 from miras.core.activation import save_lean, saved_lean
 
 
-def step(
-    x: Tensor, keys: Tensor, d: Tensor, table: Tensor, first: Tensor, A: Tensor, *momentum: Tensor
-) -> tuple[Tensor, ...]:
-    """What every token reads, x_t A_t, and A after the last one, without forming the A_t before it.
+def read(x: Tensor, keys: Tensor, d: Tensor, table: Tensor, *parts: Tensor) -> Tensor:
+    """What every token reads, x_t A_t, without forming A_t; parts are pairs first (R, n, 1), W (B, H, d_in, d_out).
 
-    y_t = first_t x_t A + first_S_t x_t S + sum_i table_ti (x_t . keys_i) d_i, and A so too, with the last token's
-    shares. With momentum = first_S, S, last, carry comes S after it: carry S + sum_i last_i keys_i d_i^T.
+    y_t = sum_i table_ti (x_t . keys_i) d_i + sum over the parts of first_t x_t W: of A, and with momentum of S.
     """
-    shape, A = A.shape, _flat(A)
-    y = ((x @ keys.mT) * table) @ d + first * (x @ A)
-    A = first[:, -1:] * A + (keys * table[:, -1, :, None]).mT @ d
-    if not momentum:
-        return y, A.view(shape)
-    first_S, S, last, carry = momentum
-    S = _flat(S)
-    y, A = y + first_S * (x @ S), A + first_S[:, -1:] * S
-    S = carry * S + (keys * last).mT @ d
-    return y, A.view(shape), S.view(shape)
+    y = ((x @ keys.mT) * table) @ d
+    for first, W in _pairs(parts):
+        y = y + first * (x @ _flat(W))
+    return y
 
 
-def fast_step(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """`step`, the same numbers."""
-    return _Step.apply(*inputs) if torch.is_grad_enabled() else _stepped(*inputs)
+def advance(keys: Tensor, d: Tensor, late: Tensor, *parts: Tensor) -> Tensor:
+    """A or S behind a chunk: late (R, n, 1) is each token's share, parts are pairs share (R, 1, 1), W as above.
+
+    sum_i late_i keys_i d_i^T + sum over the parts of share W
+    """
+    W = (keys * late).mT @ d
+    for share, before in _pairs(parts):
+        W = W + share * _flat(before)
+    return W.view(parts[1].shape)
 
 
-def _stepped(
-    x: Tensor, keys: Tensor, d: Tensor, table: Tensor, first: Tensor, A: Tensor, *momentum: Tensor
-) -> tuple[Tensor, ...]:
-    shape, A = A.shape, _flat(A)
+def fast_read(*inputs: Tensor) -> Tensor:
+    """`read`, the same numbers."""
+    return _Read.apply(*inputs) if torch.is_grad_enabled() else _read(*inputs)
+
+
+def fast_advance(*inputs: Tensor) -> Tensor:
+    """`advance`, the same numbers."""
+    return _Advance.apply(*inputs) if torch.is_grad_enabled() else _advance(*inputs)
+
+
+def _read(x: Tensor, keys: Tensor, d: Tensor, table: Tensor, *parts: Tensor) -> Tensor:
     y = torch.bmm(torch.bmm(x, keys.mT).mul_(table), d)
-    _add_read(y, x, A, first)
-    after = [_add_written(A * first[:, -1:], keys, d, table[:, -1, :, None])]
-    if momentum:
-        first_S, S, last, carry = momentum
-        S = _flat(S)
-        _add_read(y, x, S, first_S)
-        after[0].addcmul_(S, first_S[:, -1:])
-        after.append(_add_written(S * carry, keys, d, last))
-    return y, *(new.view(shape) for new in after)
+    for first, W in _pairs(parts):
+        _add_read(y, x, _flat(W), first)
+    return y
 
 
-class _Step(torch.autograd.Function):
+class _Read(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x, keys, d, *others = inputs
-        save_lean(ctx, (x, keys, d), others)
-        ctx.set_materialize_grads(False)
-        return _stepped(*inputs)
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        save_lean(ctx, inputs[:3], inputs[3:])
+        return _read(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        x, keys, d, table, first, A, *momentum = saved_lean(ctx)
+        x, keys, d, table, *parts = saved_lean(ctx)
         if torch.is_grad_enabled():
-            return recorded(ctx.needs_input_grad, step, grads, (x, keys, d, table, first, A, *momentum))
-        shape, A = A.shape, _flat(A)
-        g = torch.zeros_like(d) if grads[0] is None else grads[0]
-        by_A, *by_S = (None if by is None else _flat(by) for by in grads[1:])
+            return recorded(ctx.needs_input_grad, read, grads, (x, keys, d, table, *parts))
+        (g,) = grads
         met = torch.bmm(x, keys.mT)
         back = torch.bmm(g, d.mT)
         by_table = back * met
         by_d = torch.bmm(met.mul_(table).mT, g)
         back.mul_(table)
-        by_keys = torch.bmm(back.mT, x)
-        by_x = torch.bmm(back, keys)
-        by_first, into_A = _read_back(g, x, A, first, by_x)
-        if by_A is not None:
-            by_table[:, -1].add_(_written_back(by_A, keys, d, table[:, -1, :, None], by_keys, by_d)[..., 0])
-            by_first[:, -1:].add_(_dot(by_A, A))
-            into_A.addcmul_(by_A, first[:, -1:])
-        found = [by_x, by_keys, by_d, by_table, by_first, into_A.view(shape)]
-        if momentum:
-            first_S, S, last, carry = momentum
-            S = _flat(S)
-            by_first, into_S = _read_back(g, x, S, first_S, by_x)
-            if by_A is not None:
-                by_first[:, -1:].add_(_dot(by_A, S))
-                into_S.addcmul_(by_A, first_S[:, -1:])
-            by_last = by_carry = None
-            if by_S[0] is not None:
-                by_last = _written_back(by_S[0], keys, d, last, by_keys, by_d)
-                by_carry = _dot(by_S[0], S)
-                into_S.addcmul_(by_S[0], carry)
-            found += [by_first, into_S.view(shape), by_last, by_carry]
+        found = [torch.bmm(back, keys), torch.bmm(back.mT, x), by_d, by_table]
+        for first, W in _pairs(parts):
+            by_first, by_W = _read_back(g, x, _flat(W), first, found[0])
+            found += [by_first, by_W.view(W.shape)]
         return tuple(found)
+
+
+def _advance(keys: Tensor, d: Tensor, late: Tensor, *parts: Tensor) -> Tensor:
+    (share, W), *others = _pairs(parts)
+    new = _add_written(_flat(W) * share, keys, d, late)
+    for share, more in others:
+        new.addcmul_(_flat(more), share)
+    return new.view(W.shape)
+
+
+class _Advance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        save_lean(ctx, inputs[:2], inputs[2:])
+        return _advance(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        keys, d, late, *parts = saved_lean(ctx)
+        if torch.is_grad_enabled():
+            return recorded(ctx.needs_input_grad, advance, grads, (keys, d, late, *parts))
+        g = _flat(grads[0])
+        found = list(_written_back(g, keys, d, late))
+        for share, W in _pairs(parts):
+            found += [_dot(g, _flat(W)), (g * share).view(W.shape)]
+        return tuple(found)
+
+
+def _pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _add_read(y: Tensor, x: Tensor, W: Tensor, share: Tensor) -> None:
@@ -127,19 +132,13 @@ def _add_written(W: Tensor, keys: Tensor, d: Tensor, weight: Tensor) -> Tensor:
     return W.baddbmm_(keys.mT, d * weight)
 
 
-def _written_back(
-    by_W: Tensor, keys: Tensor, d: Tensor, weight: Tensor, by_keys: Tensor, by_d: Tensor
-) -> Tensor:
-    """The gradient of weight in `_add_written`; those of keys and d are added to by_keys and by_d."""
+def _written_back(by_W: Tensor, keys: Tensor, d: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of keys, d and weight in `_add_written`."""
     if by_W.shape[1] <= by_W.shape[2]:
-        side = torch.bmm(d, by_W.mT)
-        by_keys.addcmul_(side, weight)
-        by_d.baddbmm_(keys * weight, by_W)
-        return side.mul_(keys).sum(-1, keepdim=True)
-    side = torch.bmm(keys, by_W)
-    by_d.addcmul_(side, weight)
-    by_keys.baddbmm_(d * weight, by_W.mT)
-    return side.mul_(d).sum(-1, keepdim=True)
+        side, by_d = torch.bmm(d, by_W.mT), torch.bmm(keys * weight, by_W)
+        return side * weight, by_d, side.mul_(keys).sum(-1, keepdim=True)
+    side, by_keys = torch.bmm(keys, by_W), torch.bmm(d * weight, by_W.mT)
+    return by_keys, side * weight, side.mul_(d).sum(-1, keepdim=True)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

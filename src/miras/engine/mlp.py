@@ -28,17 +28,11 @@ from miras.core.activation import (
 )
 from miras.core.bias import L2
 from miras.core.memory import MLP
-from miras.core.observe import observing
 from miras.core.rule import Rule, State, anchor_weights
 from miras.core.state import Tree
-from miras.engine.chunks import Coefficients, Fixed, has_dual_form
+from miras.engine.chunks import Fixed
+from miras.engine.dual import Coefficients
 from miras.engine.kernels import recorded
-
-
-def fits(rule: Rule, gates: Tree) -> bool:
-    """Whether a rule with these gates has this form."""
-    direct = rule.retention.linear and has_dual_form(rule, gates)
-    return direct and has_factors(rule) and observing() is None  # an observer wants the inner loss too
 
 
 def has_factors(rule: Rule) -> bool:

@@ -114,7 +114,7 @@ def _segments(model: LM, ids: NDArray[Any], segment: int, piece: int, write: Mas
     for start in range(0, ids.shape[1], segment):
         state: LMState = model.initial(len(ids))
         if logits is not None:
-            state = StreamState(state.layers, state.tokens, logits)
+            state = StreamState(state.layers, state.tokens, logits, place=state.place)
         mask: Mask | None = None if write is None else lambda places, at=start: write(places + at)
         for part in read_pieces(model, ids[:, start : start + segment], state, piece=piece, write=mask):
             yield replace(part, start=start + part.start)

@@ -1,9 +1,11 @@
 """Attention as a layer, over a sliding window or over everything, with persistent tokens."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
-from miras.engine.rows import Rows
+from miras.engine.plan import Plan
 from miras.layers.attention import Window, attention, init_window
 from miras.nn.mixer import Mixer, head_width, heads, merge
 
@@ -44,14 +46,20 @@ class AttentionReader(Mixer):
         size = None if self.window_size is None else self.window_size * self.keys_per_token
         return init_window(rows, self.num_heads, self.head_dim, size, like)
 
-    def inside(self, state: Window) -> bool:
+    def one_graph(self, plan: Plan) -> bool:
         return True
 
-    def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
-        return self.attend(x, x, state, rows)
+    def mix(self, x: Tensor, state: Window, plan: Plan) -> tuple[Tensor, Window]:
+        return self.attend(x, x, state, plan.length, plan.reset)
 
     def attend(
-        self, x: Tensor, context: Tensor, state: Window, rows: Rows, there: Tensor | None = None
+        self,
+        x: Tensor,
+        context: Tensor,
+        state: Window,
+        length: Tensor | None,
+        reset: Tensor | None,
+        there: Tensor | None = None,
     ) -> tuple[Tensor, Window]:
         """Queries from x (B, T, hidden), keys and values from context (B, m T, hidden), m of them for each token.
 
@@ -67,7 +75,7 @@ class AttentionReader(Mixer):
             )
         q = heads(self.q(x), self.num_heads)
         k, v = (heads(linear(context), self.num_heads) for linear in (self.k, self.v))
-        state = Window(state.k.to(k.dtype), state.v.to(v.dtype), state.position, state.next, state.start)
+        state = replace(state, k=state.k.to(k.dtype), v=state.v.to(v.dtype))
         kept, persistent = self.persistent, None
         if kept is not None:
             keys, values = kept.to(q.dtype).unbind()
@@ -81,8 +89,8 @@ class AttentionReader(Mixer):
             theta=self.rope_theta,
             persistent=persistent,
             there=there,
-            length=rows.length,
-            reset=rows.reset,
+            length=length,
+            reset=reset,
         )
         return merge(y), state
 
@@ -112,9 +120,9 @@ class AttentionLayer(Mixer):
     def initial(self, rows: int, like: Tensor) -> Window:
         return self.reader.initial(rows, like)
 
-    def inside(self, state: Window) -> bool:
+    def one_graph(self, plan: Plan) -> bool:
         return True
 
-    def mix(self, x: Tensor, state: Window, rows: Rows) -> tuple[Tensor, Window]:
-        y, state = self.reader.mix(x, state, rows)
+    def mix(self, x: Tensor, state: Window, plan: Plan) -> tuple[Tensor, Window]:
+        y, state = self.reader.mix(x, state, plan)
         return self.out(y), state

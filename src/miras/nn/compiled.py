@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from miras.core.observe import observing
+from miras.engine.plan import Plan
 from miras.nn.lm import LM, LMState, instead_of
 
 
@@ -31,36 +32,52 @@ class Compiled:
         )
 
         self._exc = exc
-        self._step = torch.compile(model.step, fullgraph=True, **options)
+        self._step = torch.compile(model.one_token, fullgraph=True, **options)
+        # A place that stands for all where no segment begins and no chunk ends: with each one's own, each is a graph.
+        self._place = next((at for at in range(LARGEST) if self._one_graph([at])), None)
         self._made: weakref.ref[Any] | None = None  # saves looking at a hundred tensors for each token
 
     def __call__(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
-        if state is None or not self._fits(tokens, state):
+        place = None if state is None else self._fitting(tokens, state)
+        if state is None or place is None:
             return self.model(tokens, state)
-        plain = LMState(state.layers, state.tokens)
-        if not self._is_own(state):
-            plain = plain.map(_plain)
+        layers = (
+            state.layers if self._is_own(state) else LMState(state.layers, state.tokens).map(_plain).layers
+        )
         try:
-            logits, after = self._step(tokens, plain)
+            logits, layers = self._step(tokens, layers, self._place)
         except self._exc.FailOnRecompileLimitHit:  # so many other models and sizes were compiled before
             return self.model(tokens, state)
         except self._exc.TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2])
             wanted = "; name a C++ compiler in CXX, or use the model as it is" if "Cxx" in reason else ""
             raise OSError(f"torch.compile failed: {reason}{wanted}") from error
-        self._made = weakref.ref(after.layers[0])
-        return logits, after
+        self._made = weakref.ref(layers[0])
+        moved = torch.tensor(place, dtype=torch.long, device="cpu") + 1
+        return logits, LMState(layers, state.tokens + 1, place=moved)
 
     def _is_own(self, state: LMState) -> bool:
         """Whether the graph made this state and can take it; at chunks of one some tensors are in it twice."""
         own = self._made is not None and self._made() is state.layers[0]
         return own and self.model.config.rule.chunk_size > 1
 
-    def _fits(self, tokens: Tensor, state: LMState) -> bool:
+    def _fitting(self, tokens: Tensor, state: LMState) -> list[int] | None:
+        """Where the rows stand, if this call is one for the graph."""
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or observing() is not None:
-            return False
+            return None
         self.model.model.check(tokens, state)
-        return tokens.shape == (len(state.tokens), 1) and self.model.model.inside(state)
+        place = self.model.model.place(state)
+        fits = self._place is not None and tokens.shape == (len(state.tokens), 1) and self._one_graph(place)
+        return place if fits else None
+
+    def _one_graph(self, place: list[int]) -> bool:
+        rows = len(place)
+        return self.model.model.one_graph(Plan(CPU, 1, tuple(place), (1,) * rows, ((),) * rows))
+
+
+CPU = torch.device("cpu")
+LARGEST = 1 << 16
+"""Places that are tried for one where a token is a single graph."""
 
 
 def _plain(x: Tensor) -> Tensor:

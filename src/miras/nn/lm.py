@@ -1,16 +1,16 @@
 """The language model: embedding, blocks, norm, head. One call for training, prefill and decoding."""
 
 import os
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.core.observe import layer as observed_layer
+from miras.core.observe import watching
 from miras.core.state import Record, misfit
-from miras.engine.rows import Rows, pack
+from miras.engine.plan import Plan, plan
 from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
 from miras.nn.gates import gate_outputs
@@ -22,10 +22,21 @@ from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 @dataclass(frozen=True)
 class LMState(Record):
-    """Everything a stream needs to go on: each layer's state, and the tokens read so far, (B,) int64."""
+    """Everything a stream needs to go on: each layer's state, and the tokens read so far, (B,) int64.
+
+    place: on the host, (B,) int64 tokens read of the open document; None where only the layers know.
+    """
 
     layers: tuple[Any, ...]
     tokens: Tensor
+    place: Tensor | None = field(default=None, kw_only=True)
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(super().to(device), place=self.place)
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
+        plain = self if "place" in tensors else replace(self, place=None)
+        return super(LMState, plain).with_tensors(tensors)
 
     def __repr__(self) -> str:
         rows = len(self.tokens)
@@ -69,9 +80,8 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.inner())
         self.name = f"layers.{number}"
 
-    def forward(self, x: Tensor, state: Any, rows: Rows) -> tuple[Tensor, Any]:
-        with observed_layer(self.name):
-            y, state = self.mixer.mix(self.mixer_norm(x), state, rows)
+    def forward(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
+        y, state = self.mixer.mix(self.mixer_norm(x), state, plan.watched(self.name))
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
 
@@ -124,7 +134,8 @@ class Reader(nn.Module):
         """The state before the first token of `rows` streams."""
         like = self.embed_tokens.weight
         layers = tuple(block.mixer.initial(rows, like[:0]) for block in self.layers)  # pyright: ignore
-        return LMState(layers, torch.zeros(rows, dtype=torch.long, device=like.device))
+        none = torch.zeros(rows, dtype=torch.long)
+        return LMState(layers, none.to(like.device), place=none)
 
     def read(
         self,
@@ -141,15 +152,22 @@ class Reader(nn.Module):
         matter), and for a state of other rows or layers.
         """
         given, state = state, self.check(tokens, state)
-        rows = pack((tokens.shape[0], tokens.shape[1]), valid, write, reset)
         try:
-            return self._through(tokens, state, rows)
+            place = [0] * len(tokens) if given is None else self.place(given)
+            B, T = tokens.shape[:2]
+            made = plan((B, T), place, tokens.device, valid, write, reset, watching("memory"))
+            for block in self.layers:
+                block.mixer.prepare(made)  # pyright: ignore
+            x, layers = self.run(made.gather(tokens), state.layers, made)
         except (AttributeError, RuntimeError, ValueError) as error:
             if given is not None and (reason := self.misfit(given)):
                 raise ValueError(
                     f"LM: the state belongs to another model: {reason}; go on with the state that this model returned"
                 ) from error
             raise
+        moved = T if made.length is None else made.length
+        place = torch.tensor(made.after(), dtype=torch.long, device="cpu")
+        return made.scatter(x), LMState(layers, state.tokens + moved, place=place)
 
     def misfit(self, state: LMState) -> str | None:
         """Where a state differs in kind from those of this model, or None."""
@@ -191,25 +209,26 @@ class Reader(nn.Module):
             )
         return state
 
-    def step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        """`read` for tokens (B, 1) where `inside(state)`, without a gradient: no number decides what is done."""
-        return self._through(tokens, state, Rows(inside=True))
-
-    def inside(self, state: LMState) -> bool:
-        """Whether the next token of every row begins no segment and ends no chunk in any layer."""
+    def place(self, state: LMState) -> list[int]:
+        """How many tokens each row has read of its open document, or of the longest stretch that a layer counts."""
+        if state.place is not None:
+            return state.place.tolist()
         blocks = zip(self.layers, state.layers, strict=True)
-        return all(block.mixer.inside(part) for block, part in blocks)  # pyright: ignore
+        found = [block.mixer.place(part) for block, part in blocks]  # pyright: ignore
+        return [max(row) for row in zip(*filter(None, found), strict=True)] or [0] * len(state.tokens)
 
-    def _through(self, tokens: Tensor, state: LMState, rows: Rows) -> tuple[Tensor, LMState]:
-        embedded = tokens.dim() == 3
-        x = rows.gather(tokens)
-        x = x if embedded else self._embedded(x)
-        layers: list[Any] = []
-        for block, part in zip(self.layers, state.layers, strict=True):
-            x, part = block(x, part, rows)
-            layers.append(part)
-        moved = x.shape[1] if rows.length is None else rows.length
-        return rows.scatter(self.norm(x)), LMState(tuple(layers), state.tokens + moved)
+    def run(self, tokens: Tensor, layers: tuple[Any, ...], plan: Plan) -> tuple[Tensor, tuple[Any, ...]]:
+        """`read` of tokens in the plan's order, with the layers' states: nothing waits for a number here."""
+        x = tokens if tokens.dim() == 3 else self._embedded(tokens)
+        after: list[Any] = []
+        for block, part in zip(self.layers, layers, strict=True):
+            x, part = block(x, part, plan)
+            after.append(part)
+        return self.norm(x), tuple(after)
+
+    def one_graph(self, plan: Plan) -> bool:
+        """Whether a call of one token begins no segment and ends no chunk in any layer."""
+        return all(block.mixer.one_graph(plan) for block in self.layers)  # pyright: ignore
 
     def _embedded(self, ids: Tensor) -> Tensor:
         try:  # on a CPU the embedding looks anyway
@@ -293,13 +312,16 @@ class LM(nn.Module):
         """Like a call, but gives the normed hidden states (B, T, hidden) in place of the logits."""
         return self.model(tokens, state, valid=valid, write=write, reset=reset)
 
-    def step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
-        """A call for one token of each row, (B, 1), without a gradient, where `model.inside(state)`.
+    def one_token(
+        self, tokens: Tensor, layers: tuple[Any, ...], place: int
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """A call for one token of each row, (B, 1), without a gradient, all rows at a place of one kind.
 
-        It is what `Compiled` compiles.
+        It is what `Compiled` compiles: `place` stands for all places where no segment begins and no chunk ends.
         """
-        x, state = self.model.step(tokens, state)
-        return self.lm_head(x), state
+        B = len(tokens)
+        x, layers = self.model.run(tokens, layers, Plan(tokens.device, 1, (place,) * B, (1,) * B, ((),) * B))
+        return self.lm_head(x), layers
 
     def num_parameters(self) -> int:
         """Number of learned parameters; a tied head counts once."""

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from miras.core.activation import silu
 from miras.core.algorithm import GradientDescent
+from miras.core.check import check, place
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.retention import Decay, FDivergence, LqNorm, Retention, Simplex
-from miras.core.rule import Rule, State, anchor_weights, base_of, formed, init_state, weights
-from miras.core.state import Record, Tree, known
+from miras.core.rule import Call, Rule, State, anchor_weights, base_of, formed, init_state, named, weights
+from miras.core.state import Record, Tree
 from miras.core.typed import Typed
-from miras.engine import compiles, decode, scan
-from miras.engine.rows import Rows
+from miras.engine import prepare, run
+from miras.engine.decode import compiles
+from miras.engine.plan import Plan
 from miras.layers.attention import rotate
 from miras.nn.gates import Gate, Gates, Precise, precise, unread, without_autocast
 from miras.nn.mixer import Mixer, Projection, head_width, heads, merge
@@ -232,66 +234,58 @@ class MemoryReader(Mixer):
         position = {"next": torch.zeros_like(memory.phase)} if self.features.rotary else {}
         return MemoryState(memory, tails, position)
 
-    def inside(self, state: MemoryState) -> bool:
-        size = self.rule.chunk_size
-        return compiles(self.rule) and (size == 1 or max(known(state.memory.phase), default=0) + 1 < size)
+    def place(self, state: MemoryState) -> list[int]:
+        return place(self.rule, state.memory)
 
-    def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
+    def prepare(self, plan: Plan) -> None:
+        prepare(self.rule, plan)
+
+    def one_graph(self, plan: Plan) -> bool:
+        size = self.rule.chunk_size
+        return compiles(self.rule) and (size == 1 or all((at + 1) % size for at in plan.place))
+
+    def mix(self, x: Tensor, state: MemoryState, plan: Plan) -> tuple[Tensor, MemoryState]:
         if state.tails.keys() != set(self.paths) or bool(state.position) != self.features.rotary:
             raise ValueError(
                 "the state belongs to another layer: its features have other projections, or no rotary positions"
             )
         parts, tails, precise = {}, {}, self.gates.dtype()
         for name in self.paths:
-            y, tails[name] = getattr(self, name)(x, state.tails[name], rows)
+            y, tails[name] = getattr(self, name)(x, state.tails[name], plan)
             parts[name] = heads(y, self.num_heads).to(precise)
         gates, position = self.gates(x), state.position
         with without_autocast(x):
             q, k, v = self._inputs(parts, gates)
             if self.features.rotary:
-                at, position = places(position["next"], rows, x.shape[1])
+                at, position = places(position["next"], plan, x.shape[1])
                 q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
-            needed = rows.reset is not None or self.rule.retention.returns
-            initial = self.A0(x.shape[0]) if needed else None
-            if rows.inside:
-                y, memory = decode(
-                    self.rule,
-                    state.memory,
-                    q,
-                    k,
-                    v,
-                    gates,
-                    initial=initial,
-                    outer=self.outer(),
-                    inside=True,
-                )
-            else:
-                y, memory = scan(
-                    self.rule,
-                    state.memory,
-                    q,
-                    k,
-                    v,
-                    gates,
-                    valid=rows.valid(x.shape[1]),
-                    write=rows.write,
-                    reset=rows.reset,
-                    initial=initial,
-                    outer=self.outer(),
-                )
+            needed = plan.reset is not None or self.rule.retention.returns
+            call = Call(
+                q,
+                k,
+                v,
+                {named(name): gate for name, gate in gates.items()},
+                plan.valid(),
+                plan.write,
+                plan.reset,
+                self.A0(x.shape[0]) if needed else None,
+                self.outer(),
+            )
+            check(self.rule, state.memory, call)
+            y, memory = run(self.rule, state.memory, call, plan)
         return merge(self._answer(y)).to(x.dtype), MemoryState(memory, tails, position)
 
     def weights(self, state: State) -> Tree:
         """The weights W that the memory has in a state, {weight: (B, H, d_in, d_out)}."""
         return weights(self.rule, state.A, base_of(self.rule, self.A0(len(state.phase))))
 
-    def recall(self, asked: Tensor, anchor: Tree, position: Tree, rows: Rows) -> Tensor:
+    def recall(self, asked: Tensor, anchor: Tree, position: Tree, plan: Plan) -> Tensor:
         """What a memory with this anchor answers to queries (B, T, H * Dk), (B, T, H * Dv); nothing is written."""
         q = heads(asked, self.num_heads).to(self.gates.dtype())
         with without_autocast(asked):
             q = self._scaled(self._sized(q))
             if self.features.rotary:
-                q = rotate(q, places(position["next"], rows, q.shape[2])[0], self.rope_theta)
+                q = rotate(q, places(position["next"], plan, q.shape[2])[0], self.rope_theta)
             then = anchor_weights(self.rule, anchor, base_of(self.rule, self.A0(asked.shape[0])))
             y = self._answer(self.rule.memory.apply(q, formed(then, self.outer())))
         return merge(y).to(asked.dtype)
@@ -320,19 +314,19 @@ class MemoryReader(Mixer):
         return self._scaled(q), k, v
 
 
-def places(start: Tensor, rows: Rows, T: int) -> tuple[Tensor, Tree]:
+def places(start: Tensor, plan: Plan, T: int) -> tuple[Tensor, Tree]:
     """Each token's place in its document, (B, T) int64, and {"next": the place after the last one}."""
     if T == 0:
         return start[:, None].expand(-1, 0), {"next": start}
     step = torch.arange(T, device=start.device)
     at = start[:, None] + step
-    if rows.reset is not None:
-        begun = torch.where(rows.reset, step + 1, 0).cummax(1).values
+    if plan.reset is not None:
+        begun = torch.where(plan.reset, step + 1, 0).cummax(1).values
         at = torch.where(begun > 0, step + 1 - begun, at)
-    if rows.length is None:
+    if plan.length is None:
         return at, {"next": at[:, -1] + 1}
-    last = at.gather(1, (rows.length - 1).clamp_min(0)[:, None])[:, 0]
-    return at, {"next": torch.where(rows.length > 0, last + 1, start)}
+    last = at.gather(1, (plan.length - 1).clamp_min(0)[:, None])[:, 0]
+    return at, {"next": torch.where(plan.length > 0, last + 1, start)}
 
 
 class MemoryLayer(Mixer):
@@ -385,10 +379,16 @@ class MemoryLayer(Mixer):
     def initial(self, rows: int, like: Tensor) -> MemoryState:
         return self.reader.initial(rows, like)
 
-    def inside(self, state: MemoryState) -> bool:
-        return self.reader.inside(state)
+    def place(self, state: MemoryState) -> list[int]:
+        return self.reader.place(state)
 
-    def mix(self, x: Tensor, state: MemoryState, rows: Rows) -> tuple[Tensor, MemoryState]:
-        read, state = self.reader.mix(x, state, rows)
+    def prepare(self, plan: Plan) -> None:
+        self.reader.prepare(plan)
+
+    def one_graph(self, plan: Plan) -> bool:
+        return self.reader.one_graph(plan)
+
+    def mix(self, x: Tensor, state: MemoryState, plan: Plan) -> tuple[Tensor, MemoryState]:
+        read, state = self.reader.mix(x, state, plan)
         read = self.norm(read.unflatten(-1, (self.reader.num_heads, -1))).flatten(-2)
         return self.out(read * F.silu(self.gate(x))), state

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from miras.core.observe import watching
 from miras.core.state import misfit
-from miras.engine.rows import Rows, pack
+from miras.engine.plan import Plan, plan
 from miras.layers.conv import conv
 
 
@@ -25,11 +26,24 @@ class Mixer(nn.Module, ABC):
         """The state before the first token of `rows` streams."""
 
     @abstractmethod
-    def mix(self, x: Tensor, state: Any, rows: Rows) -> tuple[Tensor, Any]:
+    def mix(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
         """x (B, T, hidden) with its rows filled from the front -> (y, state)."""
 
-    def inside(self, state: Any) -> bool:
-        """Whether one more token of every row begins no segment and ends no chunk, and can be compiled.
+    def place(self, state: Any) -> list[int]:
+        """How many tokens of each row's open chunk or segment the state has read.
+
+        A subclass with chunks or segments defines it.
+        """
+        return []
+
+    def prepare(self, plan: Plan) -> None:
+        """Ask the plan for all that `mix` will, so that nothing is decided below.
+
+        A subclass with chunks or segments defines it.
+        """
+
+    def one_graph(self, plan: Plan) -> bool:
+        """Whether a call of one token is plain operations on tensors: it begins no segment and ends no chunk.
 
         A subclass may define it; without it no token of the mixer is compiled.
         """
@@ -50,10 +64,13 @@ class Mixer(nn.Module, ABC):
         `write` reads the memory without writing; `reset` marks the first token of a document.
         """
         self._check(x)
-        rows = pack((x.shape[0], x.shape[1]), valid, write, reset)
-        x = rows.gather(x)
+        B, T, _ = x.shape
         try:
-            y, after = self.mix(x, self.initial(x.shape[0], x) if state is None else state, rows)
+            place = [0] * B if state is None else self.place(state) or [0] * B
+            rows = plan((B, T), place, x.device, valid, write, reset, watching("memory"))
+            x = rows.gather(x)
+            self.prepare(rows)
+            y, after = self.mix(x, self.initial(B, x) if state is None else state, rows)
         except (AttributeError, RuntimeError, ValueError) as error:
             if state is not None and (reason := misfit(state, self.initial(x.shape[0], x))):
                 raise ValueError(
@@ -109,7 +126,7 @@ class Projection(nn.Module):
         size = 1 if self.conv is None else self.conv.shape[1]
         return like.new_zeros(rows, size - 1, self.proj.out_features)
 
-    def forward(self, x: Tensor, tail: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, tail: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         y, taps = self.proj(x), self.conv
         back = 0 if taps is None else taps.shape[1] - 1
         if tail.shape[1] != back:
@@ -117,7 +134,7 @@ class Projection(nn.Module):
                 f"the state belongs to another layer: its convolutions look back {tail.shape[1]} tokens, these {back}"
             )
         if taps is not None:
-            y, tail = conv(y, tail.to(y.dtype), taps.to(y.dtype), length=rows.length, reset=rows.reset)
+            y, tail = conv(y, tail.to(y.dtype), taps.to(y.dtype), length=plan.length, reset=plan.reset)
         return self.activation(y), tail
 
 

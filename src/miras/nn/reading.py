@@ -138,7 +138,7 @@ def _step(
         score(model.lm_head(hidden[:, at : at + width]).float(), at + 1)
     # Made again rather than cut off: a view would keep the logits of the whole piece.
     last = model.lm_head(hidden[:, -1]).float()
-    return losses, predicted, StreamState(after.layers, after.tokens, last)
+    return losses, predicted, StreamState(after.layers, after.tokens, last, place=after.place)
 
 
 class _Feed:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miras.core.rule import Rule, init_state
-from miras.core.state import Record, Tree, choose
-from miras.engine.rows import Part, Rows, joined, segments
+from miras.core.state import Record, Tree, choose, known
+from miras.engine.plan import Part, Plan, joined
 from miras.layers.attention import Window
 from miras.layers.conv import conv
 from miras.nn.attention import AttentionLayer, AttentionReader
@@ -73,12 +73,18 @@ class MemoryAsGate(Mixer):
     def initial(self, rows: int, like: Tensor) -> WiredState:
         return WiredState(self.attention.initial(rows, like), self.memory.initial(rows, like))
 
-    def inside(self, state: WiredState) -> bool:
-        return self.memory.inside(state.memory)
+    def place(self, state: WiredState) -> list[int]:
+        return self.memory.place(state.memory)
 
-    def mix(self, x: Tensor, state: WiredState, rows: Rows) -> tuple[Tensor, WiredState]:
-        y, window = self.attention.mix(x, state.attention, rows)
-        m, memory = self.memory.mix(x, state.memory, rows)
+    def prepare(self, plan: Plan) -> None:
+        self.memory.prepare(plan)
+
+    def one_graph(self, plan: Plan) -> bool:
+        return self.memory.one_graph(plan)
+
+    def mix(self, x: Tensor, state: WiredState, plan: Plan) -> tuple[Tensor, WiredState]:
+        y, window = self.attention.mix(x, state.attention, plan)
+        m, memory = self.memory.mix(x, state.memory, plan)
         return self.out(self.norm_a(y) * self.activation(self.norm_b(m))), WiredState(window, memory)
 
 
@@ -125,12 +131,18 @@ class MemoryAsLayer(Mixer):
     def initial(self, rows: int, like: Tensor) -> WiredState:
         return WiredState(self.attention.initial(rows, like), self.memory.initial(rows, like))
 
-    def inside(self, state: WiredState) -> bool:
-        return self.memory.inside(state.memory)
+    def place(self, state: WiredState) -> list[int]:
+        return self.memory.place(state.memory)
 
-    def mix(self, x: Tensor, state: WiredState, rows: Rows) -> tuple[Tensor, WiredState]:
-        m, memory = self.memory.mix(x, state.memory, rows)
-        y, window = self.attention.mix(self.norm(m), state.attention, rows)
+    def prepare(self, plan: Plan) -> None:
+        self.memory.prepare(plan)
+
+    def one_graph(self, plan: Plan) -> bool:
+        return self.memory.one_graph(plan)
+
+    def mix(self, x: Tensor, state: WiredState, plan: Plan) -> tuple[Tensor, WiredState]:
+        m, memory = self.memory.mix(x, state.memory, plan)
+        y, window = self.attention.mix(self.norm(m), state.attention, plan)
         return y, WiredState(window, memory)
 
 
@@ -213,14 +225,19 @@ class MemoryAsContext(Mixer):
             tails["pooled"] = like.new_zeros(rows, self.pool - 1, self.memory.q.proj.out_features)
         return ContextState(self.attention.initial(rows, like), memory, memory.memory.anchor, tails)
 
-    def inside(self, state: ContextState) -> bool:
-        return self.memory.inside(state.memory) and 0 not in self._phase(state).tolist()
+    def place(self, state: ContextState) -> list[int]:
+        return known(self._phase(state))
 
-    def mix(self, x: Tensor, state: ContextState, rows: Rows) -> tuple[Tensor, ContextState]:
-        if rows.inside:
-            return self._within(x, state, Part(rows, None, False, slice(0, 1)))
-        phase = self._phase(state)
-        parts = segments(rows, phase, x.shape[1], self.segment_size)
+    def prepare(self, plan: Plan) -> None:
+        for part in plan.segments(self.segment_size):
+            self.memory.prepare(part.plan)
+
+    def one_graph(self, plan: Plan) -> bool:
+        begins = any(at % self.segment_size == 0 for at in plan.place)
+        return not begins and self.memory.one_graph(plan)
+
+    def mix(self, x: Tensor, state: ContextState, plan: Plan) -> tuple[Tensor, ContextState]:
+        parts = plan.segments(self.segment_size)
         if not parts:
             return x, state
         outputs: list[Tensor] = []
@@ -235,17 +252,15 @@ class MemoryAsContext(Mixer):
 
     def _within(self, x: Tensor, state: ContextState, part: Part) -> tuple[Tensor, ContextState]:
         """Tokens of one segment, its rest or a piece of it."""
-        rows, window = part.rows, state.attention
+        plan, window = part.plan, state.attention
         if part.starts is not None:
             state = replace(state, frozen=self._frozen(state, part))
             window = _emptied(window, part)
-        begins = None if part.starts is None else F.pad(part.starts[:, None], (0, x.shape[1] - 1))
-        h, there, tails = self._context(x, state, rows)
+        h, there, tails = self._context(x, state, plan)
         seen = torch.stack([h, x], 2).flatten(1, 2)
-        whole = rows if rows.reset is begins else replace(rows, reset=begins)
-        y, window = self.attention.attend(x, seen, window, whole, there)
+        y, window = self.attention.attend(x, seen, window, plan.length, part.begins, there)
         y = self.attended(y)
-        m, memory = self.memory.mix(y, state.memory, rows)
+        m, memory = self.memory.mix(y, state.memory, plan)
         o = self.out(y * torch.sigmoid(self.norm_gate(self.read(m))))
         return o, ContextState(window, memory, state.frozen, tails)
 
@@ -253,12 +268,12 @@ class MemoryAsContext(Mixer):
         """The anchor that a segment reads: that at the end of the one before, or of a new document."""
         memory = state.memory.memory
         now = memory.anchor  # a segment ends where a chunk does, where the anchor stands for the weights
-        if part.rows.reset is not None:
+        if part.plan.reset is not None:
             fresh = init_state(self.memory.rule, self.memory.A0(len(memory.phase))).anchor
-            now = choose(part.rows.reset[:, 0], fresh, now)
+            now = choose(part.plan.reset[:, 0], fresh, now)
         return now if part.everyone or part.starts is None else choose(part.starts, now, state.frozen)
 
-    def _context(self, x: Tensor, state: ContextState, rows: Rows) -> tuple[Tensor, Tensor | None, Tree]:
+    def _context(self, x: Tensor, state: ContextState, plan: Plan) -> tuple[Tensor, Tensor | None, Tree]:
         """The memory tokens h (B, n, hidden) of x, which of the (B, 2 n) tokens are there, and the new tails."""
         pooled = state.tails.get("pooled", x[:, :0])
         if pooled.shape[1] + 1 != self.pool:
@@ -266,22 +281,22 @@ class MemoryAsContext(Mixer):
                 f"the state belongs to another layer: its memory tokens pool {pooled.shape[1] + 1} tokens, these "
                 f"{self.pool}"
             )
-        asked, tail = self.memory.q(x, state.tails["q"], rows)
+        asked, tail = self.memory.q(x, state.tails["q"], plan)
         tails, there = {"q": tail}, None
         if self.pool > 1:
             mean = asked.new_full((asked.shape[-1], self.pool), 1 / self.pool)
             asked, tails["pooled"] = conv(
-                asked, pooled.to(asked.dtype), mean, length=rows.length, reset=rows.reset
+                asked, pooled.to(asked.dtype), mean, length=plan.length, reset=plan.reset
             )
-            there = self._last_of_pool(state, rows, x.shape[1])
-        read = self.memory.recall(asked, state.frozen, state.memory.position, rows)
+            there = self._last_of_pool(state, plan, x.shape[1])
+        read = self.memory.recall(asked, state.frozen, state.memory.position, plan)
         return self.norm_context(self.read(read)), there, tails
 
-    def _last_of_pool(self, state: ContextState, rows: Rows, n: int) -> Tensor:
+    def _last_of_pool(self, state: ContextState, plan: Plan, n: int) -> Tensor:
         """(B, 2 n): every token's own key, and a memory token's at the last one of its pool."""
         phase = self._phase(state)[:, None]
-        if rows.reset is not None:
-            phase = torch.where(rows.reset[:, :1], 0, phase)
+        if plan.reset is not None:
+            phase = torch.where(plan.reset[:, :1], 0, phase)
         last = (phase + torch.arange(n, device=phase.device)) % self.pool == self.pool - 1
         return torch.stack([last, torch.ones_like(last)], 2).flatten(1)
 

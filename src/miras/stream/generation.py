@@ -38,7 +38,7 @@ class Generation(Iterator[int]):
         ids = torch.tensor([[token]], device=self.state.logits.device)
         with torch.no_grad():
             logits, state = self._model(ids, self.state)
-        self.state = StreamState(state.layers, state.tokens, logits[:, -1].float())
+        self.state = StreamState(state.layers, state.tokens, logits[:, -1].float(), place=state.place)
         return token
 
 

@@ -1,0 +1,253 @@
+"""The definition of a rule: one token at a time.
+
+Shapes: B rows, H heads, T tokens, Dk key width, Dv value width; (d_in, d_out) one weight.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from miras.core.algorithm import bound_factors
+from miras.core.check import check, place
+from miras.core.observe import Watch, watching
+from miras.core.rule import (
+    Call,
+    Gates,
+    Rule,
+    State,
+    anchor_weights,
+    base_of,
+    beside,
+    bias_gates,
+    close_chunk,
+    directed,
+    formed,
+    gate_of,
+    init_state,
+    inner_loss,
+    per_head,
+    spelled,
+    stepwise,
+    weights,
+)
+from miras.core.state import Tree, apart, choose, ordinary
+
+
+@apart
+@ordinary
+def recurrence(
+    rule: Rule,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    *,
+    valid: Tensor | None = None,
+    write: Tensor | None = None,
+    reset: Tensor | None = None,
+    initial: Tree | None = None,
+    outer: Tree | None = None,
+) -> tuple[Tensor, State]:
+    """The definition of a rule, one token at a time: (B, H, T, Dk) queries to (B, H, T, Dv) reads.
+
+    q, k (B, H, T, Dk), v (B, H, T, Dv), gates {name or name.weight: (B, H, T), or channel-wise (B, H, T, d_in, 1) or
+    (B, H, T, 1, d_out)}; `outer` {name: (H, width)} what a memory's outer parameters are. Reads are post-update and
+    include their own token. A token outside `valid` changes nothing and reads 0. A token outside `write` reads
+    and takes its place in its chunk, but changes neither A nor S. `reset` marks a document's first token: back
+    to the accumulators `initial`, S = 0, a new chunk; a retention with towards="initial" needs them always. Raises
+    ValueError when shapes or gates do not fit.
+    """
+    call = Call.of(q, k, v, gates, valid, write, reset, initial, outer)
+    check(rule, state, call)
+    place(rule, state)
+    return token_by_token(rule, state, call, watching("memory"))
+
+
+def token_by_token(rule: Rule, state: State, call: Call, watch: Watch | None) -> tuple[Tensor, State]:
+    """`recurrence` of a call that was checked; what is watched goes to `watch`."""
+    fresh = None if call.initial is None else init_state(rule, call.initial)
+    base, steps = base_of(rule, call.initial), rule.algorithm.steps
+    rule, call = unrolled(rule, call)
+    B, _, T, _ = call.q.shape
+    if 0 in (B, T):
+        return call.v.new_zeros(call.v.shape)[:, :, steps - 1 :: steps], state
+    everywhere = torch.ones(B, T, dtype=torch.bool, device=call.q.device)
+    valid = everywhere if call.valid is None else call.valid
+    writes = valid if call.write is None else valid & call.write
+    starts = ~everywhere if call.reset is None else call.reset & valid
+    call = silent(call, valid)
+    reads: list[Tensor] = []
+    seen: list[Tree] = []
+    for t in range(T):
+        now = _token(call, t)
+        if fresh is not None:
+            state = choose(starts[:, t], fresh, state)
+        y, state, trace = _read_and_write(rule, state, base, now, writes[:, t])
+        phase = state.phase + valid[:, t].long()
+        state = replace(state, phase=phase)
+        state = choose(phase == rule.chunk_size, close_chunk(rule, state), state)
+        there = valid[:, None, t, None]
+        reads.append(torch.where(there[..., None], y, 0))
+        seen.append({n: torch.where(there, x.detach().reshape(*y.shape[:3]), 0) for n, x in trace.items()})
+    if watch is not None:
+        watch.record({name: torch.cat([s[name] for s in seen], -1) for name in seen[0]}, steps)
+    return torch.cat(reads[steps - 1 :: steps], 2), state
+
+
+def _token(call: Call, t: int) -> Call:
+    """One token of every row."""
+    now = slice(t, t + 1)
+    q, k, v = (x[:, :, now] for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, gates={n: g[:, :, now] for n, g in call.gates.items()})
+
+
+def _read_and_write(
+    rule: Rule, state: State, base: Tree, now: Call, writes: Tensor
+) -> tuple[Tensor, State, Tree]:
+    """One token (T = 1): what is read, the state after, and what an observation shows of it; writes (B,)."""
+    after, grad, loss, lr = write(rule, state, base, now, writes)
+    moved = after.S or {n: -_wide(lr[n]) * grad[n] for n in grad}
+    moved = choose(writes, moved, state.S or {n: torch.zeros_like(x) for n, x in moved.items()})
+    after = choose(writes, after, state)
+    W = weights(rule, after.A, base)
+    y = rule.memory.apply(now.q, formed(W, now.outer))
+    trace = observed(now.gates, lr, writes) | {"loss": loss}
+    trace |= {"momentary": norm(grad), "accumulated": norm(moved), "weight": norm(W)}
+    return y, after, trace
+
+
+def write(
+    rule: Rule, state: State, base: Tree, now: Call, writes: Tensor
+) -> tuple[State, Tree, Tensor, Tree]:
+    """One token into the memory: the state after, its gradient and inner loss, and the steps taken.
+
+    S = momentum S - lr grad
+    A = advance(A, 1 - forget, direction(S))
+    """
+    algorithm, retention = rule.algorithm, rule.retention
+    gate = lambda name, n: _wide(gate_of(now.gates, name, n))  # noqa: E731
+    keep = {n: torch.ones_like(a[..., :1, :1]) for n, a in state.A.items()}
+    if "forget" in retention.gates:
+        keep = choose(writes, {n: 1 - gate("forget", n) for n in keep}, keep)
+    retained = {n: r * keep[n] for n, r in state.retained.items()}
+    grad, loss = gradient(rule, state, base, now, retained or keep)
+    lr, recent = _steps(rule, state, now)
+    S, A = {}, {}
+    for n in state.A:
+        momentum = gate("momentum", n) if algorithm.momentum else None
+        surprise = algorithm.surprise(state.S.get(n), momentum, -_wide(lr[n]) * grad[n])
+        if algorithm.momentum:
+            S[n] = surprise
+        A[n] = retention.advance(state.A[n], keep[n], directed(rule, surprise))
+    return replace(state, A=A, S=S, retained=retained, recent=recent), grad, loss, lr
+
+
+def gradient(rule: Rule, state: State, base: Tree, now: Call, kept: Tree) -> tuple[Tree, Tensor]:
+    """d bias(memory(k; W), v) / dW and the bias itself; W the weights of the chunk's start.
+
+    Where the retention says so they have forgotten since: what they hold is multiplied by `kept`.
+    """
+    anchor = state.anchor
+    trees = (anchor, base, kept, now.gates, now.outer, {"k": now.k, "v": now.v})
+    create = torch.is_grad_enabled() and any(x.requires_grad for tree in trees for x in tree.values())
+    with torch.enable_grad():
+        if rule.algorithm.first_order:
+            anchor, base = ({n: w.detach() for n, w in tree.items()} for tree in (anchor, base))
+        if rule.retention.decayed:
+            anchor = {n: w * kept[n] for n, w in anchor.items()}
+        W = anchor_weights(rule, anchor, base)
+        # A view: k and v may be made of the same tensor, and do not move with it here.
+        W = {
+            n: w.view_as(w) if w.requires_grad and create else w.detach().requires_grad_()
+            for n, w in W.items()
+        }
+        pred = rule.memory.apply(now.k, formed(W, now.outer))
+        loss = inner_loss(rule, pred, now.v, bias_gates(rule, now.gates))
+        parts = torch.autograd.grad(loss.sum(), list(W.values()), create_graph=create)
+    return dict(zip(W, parts, strict=True)), loss
+
+
+def _steps(rule: Rule, state: State, now: Call) -> tuple[Tree, Tree]:
+    """The token's step for each weight, bounded by the keys its chunk has met, and those keys with its own."""
+    algorithm = rule.algorithm
+    sizes = {n: algorithm.step_size(gate_of(now.gates, "lr", n), now.k) for n in state.A}
+    if not algorithm.step_bound:
+        return sizes, {}
+    met = (now.k @ state.recent["key"].mT).abs()
+    bounds = {n: bound_factors(met, state.recent[n], algorithm.step_bound) for n in sizes}
+    lr = {n: x * (bounds[n] if x.dim() == 3 else beside(bounds[n])) for n, x in sizes.items()}
+    here = (torch.arange(rule.chunk_size, device=now.k.device) == state.phase[:, None])[:, None]
+    recent = {"key": torch.where(here[..., None], now.k, state.recent["key"])}
+    return lr, recent | {n: torch.where(here, per_head(x), state.recent[n]) for n, x in sizes.items()}
+
+
+def _wide(gate: Tensor) -> Tensor:
+    """The one token's gate beside a weight: (B, H, 1) or (B, H, 1, i, o) to (B, H, 1 or i, 1 or o)."""
+    return gate[:, :, 0] if gate.dim() == 5 else gate[..., None]
+
+
+def unrolled(rule: Rule, call: Call) -> tuple[Rule, Call]:
+    """Tokens of several steps as tokens of one: the first of them forgets, all write, the last one's read counts."""
+    n = rule.algorithm.steps
+    if n == 1:
+        return rule, call
+    first = torch.arange(call.q.shape[2] * n, device=call.q.device) % n == 0
+
+    def spread(name: str, gate: Tensor) -> Tensor:
+        if name == "lr":
+            return gate.flatten(2, 3)
+        gate = gate.repeat_interleave(n, 2)
+        return gate * first.view(-1, *[1] * (gate.dim() - 3)) if name == "forget" else gate
+
+    valid, writes, reset = (
+        None if m is None else m.repeat_interleave(n, 1) for m in (call.valid, call.write, call.reset)
+    )
+    call = replace(
+        call,
+        q=call.q.repeat_interleave(n, 2),
+        k=call.k.flatten(2, 3),
+        v=call.v.flatten(2, 3),
+        gates={gate: spread(gate[0], g) for gate, g in call.gates.items()},
+        valid=valid,
+        write=writes,
+        reset=None if reset is None else reset & first,
+    )
+    return stepwise(rule), call
+
+
+def silent(call: Call, valid: Tensor) -> Call:
+    """The call with 0 in place of whatever padding tokens hold; valid (B, T)."""
+
+    def silence(x: Tensor) -> Tensor:  # (B, H, T, ...)
+        return x.masked_fill(~valid[:, None].unflatten(-1, (-1, *[1] * (x.dim() - 3))), 0)
+
+    q, k, v = (silence(x) for x in (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, gates={n: silence(g) for n, g in call.gates.items()})
+
+
+def observed(gates: Gates, lr: Tree, writes: Tensor | None) -> Tree:
+    """The gates as an observation shows them, (B, H, ...): `lr` after its bound, and 0 where nothing was written.
+
+    Of a channel-wise gate it is the mean.
+    """
+    shown: Tree = {}
+    for (name, weight), gate in gates.items():
+        if name == "lr":
+            # The shared gate is shown as it is for the first weight that has none of its own.
+            mine = weight or next((n for n in lr if ("lr", n) not in gates), "")
+            mask = 1 if writes is None else writes.view(writes.shape[0], 1, -1)
+            shown[spelled((name, weight))] = _mean(lr[mine]) * mask if mine else _mean(gate)
+        else:
+            shown[spelled((name, weight))] = _mean(gate)
+    return shown
+
+
+def _mean(gate: Tensor) -> Tensor:
+    return gate.mean((-2, -1)) if gate.dim() == 5 else gate
+
+
+def norm(tree: Tree) -> Tensor:
+    """Euclidean norm over all weights of a memory: {weight: (B, H, ..., d_in, d_out)} -> (B, H, ...)."""
+    return torch.stack([x.square().sum((-2, -1)) for x in tree.values()]).sum(0).sqrt()

@@ -1,0 +1,173 @@
+"""The one dispatch: a rule says what it is, a way what it serves; what no way serves is the recurrence."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from miras.core.bias import L2, Dot
+from miras.core.check import check, place
+from miras.core.memory import Matrix
+from miras.core.observe import watching
+from miras.core.recurrence import token_by_token
+from miras.core.retention import Decay, Keep
+from miras.core.rule import Call, Gates, Rule, State, stepwise
+from miras.core.state import Tree, apart, ordinary
+from miras.engine import channels, exact, mlp
+from miras.engine.chunks import by_chunks
+from miras.engine.decode import decode, has_form
+from miras.engine.dual import dual
+from miras.engine.exact import blockwise, hebbian
+from miras.engine.formed import formed_per_token
+from miras.engine.plan import Plan, plan
+
+LONG = 256
+"""Tokens of a call from which on the recurrence is worth a warning."""
+
+
+@ordinary
+def scan(
+    rule: Rule,
+    state: State,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tree,
+    *,
+    valid: Tensor | None = None,
+    write: Tensor | None = None,
+    reset: Tensor | None = None,
+    initial: Tree | None = None,
+    outer: Tree | None = None,
+) -> tuple[Tensor, State]:
+    """Any number of tokens through a memory: arguments and numbers of `miras.recurrence`, on its fastest way.
+
+    The result does not depend on where a stream is cut. Activation memory grows with the square root of T. A rule
+    that no faster way serves runs token by token, and a long call says so in a warning.
+    """
+    call = Call.of(q, k, v, gates, valid, write, reset, initial, outer)
+    return run(rule, state, call, planned(rule, state, call))
+
+
+def planned(rule: Rule, state: State, call: Call) -> Plan:
+    """The plan of a call whose tokens stay where they are. Raises ValueError as `scan` does."""
+    check(rule, state, call)
+    shape, masks = (call.q.shape[0], call.q.shape[2]), (call.valid, call.write, call.reset)
+    return plan(shape, place(rule, state), call.q.device, *masks, watching("memory"), packed=False)
+
+
+@ordinary
+def run(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
+    """A call that was checked, in rows that the plan has filled from the front, on the rule's fastest way."""
+    return way_of(rule, call, plan).run(rule, state, call, plan)
+
+
+def prepare(rule: Rule, plan: Plan) -> None:
+    """Have the plan decide all that `run` will ask it for this rule."""
+    plan = plan.steps(rule.algorithm.steps)
+    if rule.chunk_size == 1:
+        plan.blocks(exact.BLOCK)
+    plan.chunks(stepwise(rule).chunk_size)
+
+
+class Way(NamedTuple):
+    """A way to run a call: the forms of rules that it serves (`Rule.form`), and what else it asks for."""
+
+    name: str
+    forms: frozenset[str]
+    fits: Callable[[Rule, Call, Plan], bool]
+    run: Callable[[Rule, State, Call, Plan], tuple[Tensor, State]]
+
+
+def ways(rule: Rule, call: Call, plan: Plan) -> list[Way]:
+    """Every way that serves a call, the fastest first."""
+    return [way for way in WAYS if rule.form <= way.forms and way.fits(rule, call, plan)]
+
+
+def way_of(rule: Rule, call: Call, plan: Plan) -> Way:
+    """The fastest way that serves a call; the recurrence where there is none."""
+    found = ways(rule, call, plan)
+    if found:
+        return found[0]
+    if plan.tokens >= LONG:
+        strange = ", ".join(sorted(min((rule.form - way.forms for way in WAYS), key=len)))
+        warnings.warn(
+            f"{rule} runs token by token, which is slow: no faster way serves {strange}", stacklevel=2
+        )
+    return RECURRENCE
+
+
+def _recurrence(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
+    return token_by_token(rule, state, call, plan.watch)
+
+
+def _one_token(rule: Rule, call: Call, plan: Plan) -> bool:
+    bare = call.valid is None and call.write is None and call.reset is None
+    return bare and plan.tokens == 1 and plan.watch is None and not torch.is_grad_enabled() and has_form(rule)
+
+
+def _is_exact(rule: Rule, call: Call, plan: Plan) -> bool:
+    plain = (
+        type(rule.memory) is Matrix and type(rule.bias) in (L2, Dot) and type(rule.retention) in (Decay, Keep)
+    )
+    return plain and rule.chunk_size == 1 and not _by_channel(rule, call.gates)
+
+
+def _is_hebbian(rule: Rule, call: Call, plan: Plan) -> bool:
+    plain = type(rule.memory) is Matrix and type(rule.bias) is Dot and type(rule.retention) in (Decay, Keep)
+    channels = _by_channel(rule, call.gates)
+    by_key = channels == ["forget"] and all(
+        g.shape[4] == 1 for (n, _), g in call.gates.items() if n == "forget" and g.dim() == 5
+    )
+    return plain and rule.chunk_size == 1 and plan.watch is None and (by_key or not channels)
+
+
+def _is_mlp(rule: Rule, call: Call, plan: Plan) -> bool:
+    return mlp.has_factors(rule) and plan.watch is None and not _by_channel(rule, call.gates)
+
+
+def _is_per_head(rule: Rule, call: Call, plan: Plan) -> bool:
+    return not _by_channel(rule, call.gates)
+
+
+def _unwatched(rule: Rule, call: Call, plan: Plan) -> bool:
+    return plan.watch is None
+
+
+def _always(rule: Rule, call: Call, plan: Plan) -> bool:
+    return True
+
+
+def _by_channel(rule: Rule, gates: Gates) -> list[str]:
+    """Which gates of the update are channel-wise."""
+    names = (*rule.algorithm.gates, *rule.retention.gates)
+    return [name for (name, _), g in gates.items() if name in names and g.dim() == 5]
+
+
+def _apart(run: Callable[..., tuple[Tensor, State]]) -> Callable[..., tuple[Tensor, State]]:
+    return apart(partial(by_chunks, run))
+
+
+LINEAR = frozenset({"step_size", "step_bound", "steps", "decayed", "returns"})
+WAYS = (
+    Way(
+        "one token", LINEAR - {"steps"} | {"momentum", "first_order", "direction", "link"}, _one_token, decode
+    ),
+    Way("hebbian blocks", LINEAR, _is_hebbian, hebbian),
+    Way("blocks", LINEAR | {"momentum"}, _is_exact, blockwise),
+    Way("mlp", LINEAR | {"momentum", "first_order"}, _is_mlp, _apart(partial(dual, factors=mlp.factors))),
+    Way("per head", LINEAR | {"momentum", "first_order"}, _is_per_head, _apart(dual)),
+    Way("by channel", LINEAR | {"first_order", "link"}, _unwatched, _apart(channels.run)),
+    Way(
+        "formed",
+        LINEAR | {"momentum", "first_order", "direction", "link", "scale"},
+        _always,
+        _apart(formed_per_token),
+    ),
+)
+"""The fastest first."""
+
+RECURRENCE = Way("recurrence", frozenset(), _always, _recurrence)
