@@ -67,7 +67,7 @@ class Memory(Typed, ABC):
 
 
 def _form(memory: Memory) -> frozenset[str]:
-    """By applying it once, to no number."""
+    """By applying it once."""
     width = 4
     try:
         shapes = memory.shapes(width, width)
@@ -79,15 +79,15 @@ def _form(memory: Memory) -> frozenset[str]:
     def linear(name: str, x: Tensor) -> Tensor:
         used.append(name)
         kinds.add("linear")
-        return x.new_empty(*x.shape[:-1], shapes[name][1])
+        return x.new_zeros(*x.shape[:-1], shapes[name][1])
 
     def scale(name: str, x: Tensor) -> Tensor:
         used.append(name)
         kinds.add("scale")
         return x
 
-    x = torch.empty(1, 1, 1, width, device="meta")
-    outer = {n: x.new_empty(1, 1, wide) for n, (wide, _) in memory.outer(width, width).items()}
+    x = torch.zeros(1, 1, 1, width, device="cpu")
+    outer = {n: x.new_zeros(1, 1, wide) for n, (wide, _) in memory.outer(width, width).items()}
     with torch.no_grad():
         memory.apply(x, Weights(linear, scale, outer))
     both = {"scale and linear"} if len(kinds) > 1 else kinds - {"linear"}

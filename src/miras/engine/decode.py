@@ -64,7 +64,7 @@ def decode(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, St
     base = _flat(base_of(rule, call.initial))
     anchor = anchor_weights(rule, anchor, base)
     pred, backward = apply(rule.memory, anchor, apart, k.flatten(0, 1))
-    xs, ds = backward(_slope(rule, pred, v.flatten(0, 1), gates))
+    xs, ds = backward(_slope(rule, pred, v.flatten(0, 1), _flat(bias_gates(rule, gates))))
 
     sizes = {n: rule.algorithm.step_size(gate_of(gates, "lr", n), k) for n in state.A}
     bounds = _bounds(rule, state, k)
@@ -116,7 +116,7 @@ def _slope(rule: Rule, pred: Tensor, v: Tensor, gates: Tree) -> Tensor:
         return -v
     with torch.enable_grad():
         pred = pred.detach().requires_grad_()
-        loss = inner_loss(rule, pred, v, _flat(bias_gates(rule, gates)))
+        loss = inner_loss(rule, pred, v, gates)
         return torch.autograd.grad(loss.sum(), pred)[0]
 
 

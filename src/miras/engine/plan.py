@@ -142,7 +142,7 @@ def plan(
     for name, mask in (("valid", valid), ("write", write), ("reset", reset)):
         if mask is None:
             continue
-        if not isinstance(mask, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(mask, Tensor):
             raise ValueError(
                 f"{name} must be a bool mask (B, T) = {shape}, a tensor, got a {type(mask).__name__}"
             )

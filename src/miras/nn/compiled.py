@@ -39,7 +39,7 @@ class Compiled:
 
     def __call__(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
         place = None if state is None else self._fitting(tokens, state)
-        if state is None or place is None:
+        if state is None or place is None or self._place is None:
             return self.model(tokens, state)
         layers = (
             state.layers if self._is_own(state) else LMState(state.layers, state.tokens).map(_plain).layers
@@ -67,7 +67,7 @@ class Compiled:
             return None
         self.model.model.check(tokens, state)
         place = self.model.model.place(state)
-        fits = self._place is not None and tokens.shape == (len(state.tokens), 1) and self._one_graph(place)
+        fits = tokens.shape == (len(state.tokens), 1) and self._one_graph(place)
         return place if fits else None
 
     def _one_graph(self, place: list[int]) -> bool:

@@ -120,11 +120,10 @@ def restored(model: LM, rows: int, tensors: Mapping[str, Tensor], path: Path) ->
     """
     state: LMState = model.initial(rows)
     if "logits" in tensors:
-        state = StreamState(
-            state.layers, state.tokens, model.lm_head.weight.new_zeros(0, 0, dtype=torch.float32)
-        )
+        none = model.lm_head.weight.new_zeros(0, 0, dtype=torch.float32)
+        state = StreamState(state.layers, state.tokens, none, place=state.place)
     shape = state.tensors()
-    odd = [n for n in tensors.keys() | shape.keys() if n not in tensors or n not in shape]
+    odd = list((tensors.keys() ^ shape.keys()) - {"place"})  # which older files leave to the layers
     odd += [n for n in tensors.keys() & shape.keys() if tensors[n].dim() != shape[n].dim()]
     if odd:
         raise ValueError(
