@@ -1,0 +1,95 @@
+"""A block's training pass is one graph of `torch.compile`, with the numbers and gradients that it has without.
+
+On the plain path: whole chunks, no masks, a stream's first call.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+from miras.core.state import Record
+from miras.nn.lm import LM, Block
+from miras.zoo import preset
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "window_size": 8,
+    "segment_size": 8,
+    "num_persistent": 2,
+}
+
+
+def met(name: str) -> list[tuple[Block, tuple[Any, ...], dict[str, Any]]]:
+    """A model's blocks, one of each kind, and what each is given for two chunks of two rows."""
+    torch.manual_seed(0)
+    config = preset(name)
+    sizes = SIZES | {
+        "num_hidden_layers": len(config.pattern),
+        "chunk_size": min(4, config.rule.chunk_size),
+    }
+    model = LM(preset(name, **sizes)).double()
+    calls: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] = []
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
+    model(torch.arange(16).view(2, 8))
+    for block in model.model.layers:
+        block._forward_pre_hooks.clear()
+    return calls
+
+
+def passed(run: Any, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Numbers and gradients of a forward and backward pass of everything that a block gives."""
+    x = args[0].detach().requires_grad_()
+    block.zero_grad()
+    y, state = run(x, *args[1:], **kwargs)
+    found = {"y": y} | {
+        n: s
+        for n, s in (state.tensors() if isinstance(state, Record) else {}).items()
+        if s.is_floating_point()
+    }
+    torch.manual_seed(1)
+    sum((s * torch.randn_like(s)).sum() for s in found.values()).backward()
+    grads = {f"gradient of {n}": p.grad for n, p in block.named_parameters()} | {"gradient of x": x.grad}
+    return {n: s.detach().clone() for n, s in (found | grads).items() if s is not None}
+
+
+def same(name: str, backend: str, tolerance: float) -> None:
+    for block, args, kwargs in met(name):
+        torch._dynamo.reset()
+        expected = passed(block, block, args, kwargs)
+        compiled = torch.compile(block, fullgraph=True, backend=backend)
+        found = passed(compiled, block, args, kwargs)
+        assert found.keys() == expected.keys()
+        for n, number in found.items():
+            torch.testing.assert_close(
+                number, expected[n], rtol=0, atol=tolerance, msg=lambda m, n=n: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("name", ["transformer", "swa"])
+def test_a_block_is_one_graph(name: str) -> None:
+    same(name, "aot_eager", 1e-12)
+
+
+def compiles() -> bool:
+    """Whether this machine has a C++ compiler that torch finds."""
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+# torch's own: its compiler imports what it has deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.skipif(not compiles(), reason="torch.compile needs a C++ compiler here")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transformer"])
+def test_a_block_compiled(name: str) -> None:
+    same(name, "inductor", 1e-9)
