@@ -16,7 +16,7 @@ from statistics import median
 import torch
 
 from miras.nn.lm import LM
-from miras.zoo import preset
+from miras.zoo import override, preset
 
 PRESETS = ("yaad", "moneta", "memora")
 
@@ -25,8 +25,9 @@ def build(name: str, heads: int, by_channel: bool) -> LM:
     """A preset's model, its gates as they are or one for each head and weight."""
     config = preset(name, vocab_size=256, hidden_size=128, num_heads=heads, num_hidden_layers=1)
     if not by_channel:
-        gates = {n: dataclasses.replace(gate, channels=None) for n, gate in config.gates.items()}
-        config = dataclasses.replace(config, gates=gates)
+        gates = config.memories()[0].gates
+        gates = {n: dataclasses.replace(gate, channels=None) for n, gate in gates.items()}
+        config = override(config, gates=gates)
     torch.manual_seed(0)
     return LM(config)
 

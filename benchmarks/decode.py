@@ -40,7 +40,7 @@ class Ours:
 
     def __init__(self, name: str, compiled: bool, **sizes: Any) -> None:
         self.name = name + (", compiled" if compiled else "")
-        self.model = miras.LM(miras.preset(name, **SIZES, **sizes)).eval()
+        self.model = miras.LM(miras.preset(name).changed(SIZES | sizes)).eval()
         self.call = miras.Compiled(self.model) if compiled else self.model
         self.state: Any = None
 

@@ -50,6 +50,7 @@ from miras.data.recall import IGNORE, RecallTask
 from miras.nn.config import ModelConfig
 from miras.nn.gates import Gate
 from miras.nn.lm import LM, LMState
+from miras.nn.memory import MemoryConfig
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import Settings
 
@@ -110,13 +111,12 @@ class Cell:
             hidden_size=32,
             num_hidden_layers=2,
             num_heads=1,
-            rule=rule,
-            gates={name: GATES[name] for name in rule.gates()},
+            pattern=(MemoryConfig(rule=rule, gates={name: GATES[name] for name in rule.gates()}),),
         )
 
     def identity(self) -> dict[str, Any]:
         """All that the result depends on, for JSON: runs with an equal one are the same run."""
-        config = {f.name: getattr(self.config(), f.name) for f in dataclasses.fields(ModelConfig)}
+        config = self.config().to_dict()
         return {
             **dataclasses.asdict(self),
             "config": {n: v if isinstance(v, (int, float, str)) else repr(v) for n, v in config.items()},

@@ -55,17 +55,19 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "32768", "MALLOC_TRIM_THRESHOLD_": "32768", 
 
 def config(name: str) -> ModelConfig:
     """Two layers, two heads, deep memories with momentum that forget, attention over 128 bytes."""
-    return preset(
-        name,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_heads=2,
-        window_size=128,
-        segment_size=128,
-        num_persistent=4,
-        rule=Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_bound=2.0), chunk_size=64),
-        gates={"lr": Gate(), "momentum": Gate(scale=0.5), "forget": Gate(bias=-5.0)},
-        tie_word_embeddings=True,
+    rule = Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_bound=2.0), chunk_size=64)
+    return preset(name).changed(
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_heads": 2,
+            "window_size": 128,
+            "segment_size": 128,
+            "num_persistent": 4,
+            "rule": rule,
+            "gates": {"lr": Gate(), "momentum": Gate(scale=0.5), "forget": Gate(bias=-5.0)},
+            "tie_word_embeddings": True,
+        }
     )
 
 

@@ -31,7 +31,7 @@ from miras.nn.config import ModelConfig
 from miras.nn.lm import LM
 from miras.train.check import HORIZON, TrainingCheck, check_training, follow_change
 from miras.train.options import CHECK_SIZES
-from miras.zoo import preset
+from miras.zoo import override, preset
 
 RESULTS = Path("benchmarks/results/forgetting.json")
 
@@ -59,17 +59,16 @@ class ConstantNorm(Retention):
 
 
 def variant(bias: float | None, **axes: Any) -> ModelConfig:
-    config = preset("titans-lmm", **CHECK_SIZES, **axes)
+    config = preset("titans-lmm").changed(CHECK_SIZES | axes)
     if bias is None:
         return config
-    gates = dict(config.gates) | {"forget": dataclasses.replace(config.gates["forget"], bias=bias)}
-    return dataclasses.replace(config, gates=gates)
+    forget = config.memories()[0].gates["forget"]
+    return override(config, gates={"forget": dataclasses.replace(forget, bias=bias)})
 
 
 def slower(config: ModelConfig, scale: float) -> ModelConfig:
-    return dataclasses.replace(
-        config, gates=dict(config.gates) | {"lr": dataclasses.replace(config.gates["lr"], scale=scale)}
-    )
+    lr = config.memories()[0].gates["lr"]
+    return override(config, gates={"lr": dataclasses.replace(lr, scale=scale)})
 
 
 VARIANTS: dict[str, ModelConfig] = {

@@ -20,7 +20,6 @@ from torch import Tensor
 import miras
 import miras.nn.memory
 from miras.nn.attention import AttentionLayer
-from miras.nn.lm import build_mixer
 
 PRESETS = (
     "linear-attention",
@@ -182,7 +181,7 @@ def main() -> None:
     for name in options.presets:
         # At chunk_size 1, where titans-linear is the unchunked rule and has no step bound.
         config = miras.preset(name, hidden_size=WIDTH, num_heads=HEADS, num_hidden_layers=1, chunk_size=1)
-        layer = build_mixer(config, config.mixer(0))
+        layer = config.mixer(0).build(config)
         times: dict[str, list[float]] = {"ours": [], "textbook": []}
         for _ in range(options.rounds + 1):
             times["ours"].append(clock(layer, short))

@@ -92,7 +92,7 @@ def measured(model: LM, task: NeedleTask, n: int, seed: int) -> dict[str, Any]:
     """What `needle_accuracy` finds, and of the longest haystacks what the memory did along one of them."""
     result = needle_accuracy(model, task, n=n, batch_size=min(n, 50), seed=seed, piece=2048)
     row = {k: v for k, v in vars(result).items() if k not in ("track", "length", "n")}
-    if task.length >= 1_000_000 and any(name != "attention" for name in model.config.pattern):
+    if task.length >= 1_000_000 and model.config.memories():
         first = NeedleTask(task.length, filler=task.filler, depth=0.01)
         watched = needle_accuracy(model, first, n=1, batch_size=1, seed=seed, track=True, bins=20).track
         assert watched is not None

@@ -23,17 +23,17 @@ from miras.train.check import HORIZON, follow_change
 from miras.train.loop import Run
 from miras.train.options import CHECK_SIZES, Settings
 from miras.train.tasks import TextTask
-from miras.zoo import preset, presets
+from miras.zoo import override, preset, presets
 
 SIZES = CHECK_SIZES | {"hidden_size": 32}
 LENGTH = 8192
 
 
 def trained(name: str, literal: bool, steps: int) -> LM:
-    config = preset(name, **SIZES)
-    if literal and config.rule.retention.returns:
-        zero = dataclasses.replace(config.rule.retention, towards="zero")  # pyright: ignore
-        config = dataclasses.replace(config, rule=dataclasses.replace(config.rule, retention=zero))
+    config = preset(name).changed(SIZES)
+    retention = config.memories()[0].rule.retention
+    if literal and retention.returns:
+        config = override(config, retention=dataclasses.replace(retention, towards="zero"))  # pyright: ignore
     torch.manual_seed(0)
     model = LM(config)
     text = np.frombuffer(load_novel().train, np.uint8)
@@ -66,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    deep = [n for n in presets() if preset(n).rule.retention.returns and preset(n).pattern != ("attention",)]
+    deep = [n for n in presets() if any(each.rule.retention.returns for each in preset(n).memories())]
     parser.add_argument("--preset", nargs="*", default=[*deep, "ttt-mlp", "gated-deltanet"])
     parser.add_argument("--literal", action="store_true", help="forget towards 0, as the papers print it")
     parser.add_argument("--steps", type=int, default=200)

@@ -29,7 +29,7 @@ from miras.train.options import Settings
 from miras.train.tasks import TextTask
 from miras.zoo import preset, presets
 
-MEMORIES = tuple(name for name in presets() if set(preset(name).pattern) != {"attention"})
+MEMORIES = tuple(name for name in presets() if preset(name).memories())
 CHUNKS = {name: (16, 64) for name in ("titans-lmm", "titans-mag", "swa-lmm")}
 """Chunk sizes where they are others than the preset's own."""
 STREAMS = ("one repeated byte", "random bytes", "held-out text")
@@ -47,14 +47,16 @@ mean over heads and layers), `largest` (of any head from tokens / 20 on), `curve
 
 def cases(names: list[str]) -> list[tuple[str, int]]:
     """The presets with the chunk sizes that each is measured at."""
-    return [(name, size) for name in names for size in CHUNKS.get(name, (preset(name).rule.chunk_size,))]
+    return [
+        (name, size) for name in names for size in CHUNKS.get(name, (preset(name).memories()[0].stride(),))
+    ]
 
 
 def make(name: str, chunk_size: int) -> LM:
     """Two layers of width 32 with two heads."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "window_size": 8, "num_persistent": 3}
-    return LM(preset(name, **sizes, chunk_size=chunk_size, segment_size=64))
+    return LM(preset(name).changed(sizes | {"chunk_size": chunk_size, "segment_size": 64}))
 
 
 def train(model: LM, steps: int) -> None:

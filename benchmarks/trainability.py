@@ -22,7 +22,7 @@ from miras.nn.config import ModelConfig
 from miras.store.files import write_atomically
 from miras.train.check import TrainingCheck, check_training
 from miras.train.options import CHECK_SIZES
-from miras.zoo import preset, presets
+from miras.zoo import override, preset, presets
 
 FILE = Path(__file__).parent.parent / "tests/train/trainability.json"
 SIZES = CHECK_SIZES | {"hidden_size": 32}
@@ -33,7 +33,7 @@ MARGIN = 1.02
 
 def remembering() -> list[str]:
     """The presets that have a memory."""
-    return [name for name in presets() if any(m != "attention" for m in preset(name).pattern)]
+    return [name for name in presets() if preset(name).memories()]
 
 
 def trained(config: ModelConfig, seed: int, lr: float, reference: bool = False) -> TrainingCheck:
@@ -60,10 +60,10 @@ def measure(found: dict[str, Any], names: list[str], file: Path) -> None:
 def literal(name: str) -> ModelConfig | None:
     """The preset with its paper's forgetting towards 0, or None where it has no other."""
     config = preset(name, **SIZES)
-    if not config.rule.retention.returns:
+    retention = config.memories()[0].rule.retention
+    if not retention.returns:
         return None
-    zero = dataclasses.replace(config.rule.retention, towards="zero")  # pyright: ignore
-    return dataclasses.replace(config, rule=dataclasses.replace(config.rule, retention=zero))
+    return override(config, retention=dataclasses.replace(retention, towards="zero"))  # pyright: ignore
 
 
 def main() -> None:

@@ -46,6 +46,8 @@ from miras.data.recall import IGNORE, RecallTask
 from miras.data.text import read_documents
 from miras.nn.config import AXES, ModelConfig
 from miras.nn.lm import LM, LMState
+from miras.nn.memory import TITANS_RULE, Features, MemoryConfig
+from miras.nn.plain import fields
 from miras.nn.reading import read_pieces
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import Settings
@@ -77,7 +79,7 @@ HELD_OUT = 11
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One training. `change` is merged into the preset's config as it is written; see `configured`."""
+    """One training. `change` is merged into the preset's config as it is written; see `changed`."""
 
     preset: str
     change: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -90,17 +92,22 @@ class Cell:
     size: str = "1M"
 
     def config(self) -> ModelConfig:
+        config = ModelConfig.from_dict(self.written())
+        return match_size(config, PARAMETERS[self.size]) if self.size in PARAMETERS else config
+
+    def written(self) -> dict[str, Any]:
+        """The config as format 1 writes it, before its size is matched."""
         sizes = dict(SIZES[self.size])
         if self.preset in WINDOWLESS:
             sizes.pop("window_size", None)
-        config = configured(preset(self.preset, **sizes), self.change)
-        return match_size(config, PARAMETERS[self.size]) if self.size in PARAMETERS else config
+        return changed(format_1(preset(self.preset)) | sizes, self.change)
 
     def identity(self, text: str) -> dict[str, Any]:
-        """All that the result depends on."""
+        """All that the result depends on; the config in format 1, so that the runs of a file stay known."""
         names = ["task", "tokens", "lr", "own_lr", "seed"]
         names += ["held_out"] if self.task == "novels" else []
-        config = json.dumps(self.config().to_dict(), sort_keys=True)
+        written = self.written() | {"intermediate_size": self.config().intermediate_size}
+        config = json.dumps(written, sort_keys=True)
         found = {"config": hashlib.sha256(config.encode()).hexdigest()[:12]}
         return (
             found | {n: getattr(self, n) for n in names} | ({"text": text} if self.task == "novels" else {})
@@ -117,13 +124,53 @@ class Cell:
         return shlex.join(words)
 
 
-def configured(config: ModelConfig, change: Mapping[str, Any]) -> ModelConfig:
-    """A config with changes merged into its written form.
+FIRST = {
+    "MLP": {"depth", "expansion", "residual", "norm"},
+    "Decay": {"decayed"},
+    "GradientDescent": {"momentum", "step_bound"},
+    "Gate": {"link", "scale", "bias", "per_weight"},
+}
+"""Fields that format 1 writes whatever they hold, by class."""
+
+
+def format_1(config: ModelConfig) -> dict[str, Any]:
+    """A preset's config as format 1 has it: the settings of all mixers side by side."""
+    memory = next(iter(config.memories()), MemoryConfig(rule=TITANS_RULE))
+    other = {"window_size": None, "num_persistent": 0, "segment_size": 512}
+    for part in (part for each in config.pattern for part in each.walk()):
+        other |= {n: value for n, value in vars(part).items() if n in other}
+    sizes = fields(config)
+    return {
+        "format_version": 1,
+        **{n: value for n, value in sizes.items() if n not in ("pattern", "mlp")},
+        "pattern": [each.name for each in config.pattern],
+        "rule": {axis: first(getattr(memory.rule, axis)) for axis in AXES}
+        | {"chunk_size": memory.rule.chunk_size},
+        "gates": {n: first(gate) for n, gate in memory.gates.items()},
+        "conv_size": memory.conv_size,
+        "initial_scale": memory.initial_scale,
+        **{n: value for n, value in other.items() if (n, value) != ("segment_size", 512)},
+        **({"features": first(memory.features)} if memory.features != Features() else {}),
+    }
+
+
+def first(part: Any) -> dict[str, Any]:
+    """The fields of a choice that format 1 writes: those above, and what is no default."""
+    kind = type(part).__name__
+    kept = {
+        f.name: getattr(part, f.name)
+        for f in dataclasses.fields(part)
+        if f.init and (f.name in FIRST.get(kind, ()) or getattr(part, f.name) != f.default)
+    }
+    return kept if kind in ("Gate", "Features") else {"name": kind, **kept}
+
+
+def changed(written: dict[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """A written config with changes merged into it.
 
     memory, bias, retention, algorithm and chunk_size stand beside the other fields; an axis or a gate keeps what is
     not named, unless the axis gets another "name".
     """
-    written = config.to_dict()
     for key, value in change.items():
         if key in AXES:
             old = written["rule"][key]
@@ -137,7 +184,7 @@ def configured(config: ModelConfig, change: Mapping[str, Any]) -> ModelConfig:
             written[key] = written.get(key, {}) | value
         else:
             written[key] = value
-    return ModelConfig.from_dict(written)
+    return written
 
 
 INITIAL = {"retention": {"towards": "initial"}}

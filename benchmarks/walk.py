@@ -93,7 +93,7 @@ def forward(name: str, tokens: int) -> Walk:
     """The walk of a preset's forward pass in training, at a small size."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_heads": 2, "num_hidden_layers": 1, "vocab_size": 64, "num_persistent": 2}
-    model = LM(preset(name, **sizes))
+    model = LM(preset(name).changed(sizes))
     ids = torch.randint(64, (2, tokens))
     model(ids)
     return walk(lambda: model(ids))

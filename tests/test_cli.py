@@ -30,7 +30,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 2, "chunk_size"
 
 def build(name: str = "titans-mag", seed: int = 0, **options: object) -> LM:
     torch.manual_seed(seed)
-    return LM(preset(name, **(SIZES | options)))  # pyright: ignore
+    return LM(preset(name).changed(SIZES | options))  # pyright: ignore
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +185,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --preset titans-lmm --num-persistent 2", "and this model has memory; leave it out"),
         (
             "info titans-mac --window-size 8",
-            "titans-mac: window_size is read by layers of attention, mag, mal",
+            "window_size is read by layers of attention, mag, mal only, and this model has mac",
         ),
         ("check-training titans-lmm --window-size 8", "window_size is read by layers of attention, mag, mal"),
         ("train --out r --steps 0", "--steps must be at least 1, got 0"),

@@ -56,7 +56,7 @@ def test_the_recipe_for_a_model_of_ones_own_goes_on_with_the_command(tmp_path, m
     (command,) = re.findall(r"^PYTHONPATH=\. miras (train .*)$", page.read_text(), re.M)
     assert main(shlex.split(command)) == 0
     trained = load_model(tmp_path / "runs" / "mine" / "model", trust_remote_code=True)
-    assert type(trained.config.rule.bias).__module__ == "my_choices"
+    assert type(trained.config.memories()[0].rule.bias).__module__ == "my_choices"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -26,9 +26,18 @@ _HOMES = {
     "miras.core.observe": ("observe",),
     "miras.engine": ("scan",),
     "miras.nn.gates": ("Gate",),
-    "miras.nn.memory": ("MemoryLayer", "Features"),
-    "miras.nn.attention": ("AttentionLayer",),
-    "miras.nn.titans": ("MemoryAsContext", "MemoryAsGate", "MemoryAsLayer"),
+    "miras.nn.part": ("Sizes", "MixerConfig", "MLPConfig"),
+    "miras.nn.mlp": ("SwiGLUConfig",),
+    "miras.nn.memory": ("MemoryConfig", "MemoryLayer", "Features"),
+    "miras.nn.attention": ("AttentionConfig", "AttentionLayer"),
+    "miras.nn.titans": (
+        "MACConfig",
+        "MAGConfig",
+        "MALConfig",
+        "MemoryAsContext",
+        "MemoryAsGate",
+        "MemoryAsLayer",
+    ),
     "miras.nn.config": ("ModelConfig",),
     "miras.nn.lm": ("LM", "LMState"),
     "miras.nn.compiled": ("Compiled",),
@@ -96,6 +105,7 @@ if TYPE_CHECKING:
     from miras.hf import MirasForCausalLM as MirasForCausalLM
     from miras.hf import MirasForSequenceClassification as MirasForSequenceClassification
     from miras.hf import MirasModel as MirasModel
+    from miras.nn.attention import AttentionConfig as AttentionConfig
     from miras.nn.attention import AttentionLayer as AttentionLayer
     from miras.nn.compiled import Compiled as Compiled
     from miras.nn.config import ModelConfig as ModelConfig
@@ -105,8 +115,16 @@ if TYPE_CHECKING:
     from miras.nn.lm import LM as LM
     from miras.nn.lm import LMState as LMState
     from miras.nn.memory import Features as Features
+    from miras.nn.memory import MemoryConfig as MemoryConfig
     from miras.nn.memory import MemoryLayer as MemoryLayer
+    from miras.nn.mlp import SwiGLUConfig as SwiGLUConfig
+    from miras.nn.part import MixerConfig as MixerConfig
+    from miras.nn.part import MLPConfig as MLPConfig
+    from miras.nn.part import Sizes as Sizes
     from miras.nn.reading import read_pieces as read_pieces
+    from miras.nn.titans import MACConfig as MACConfig
+    from miras.nn.titans import MAGConfig as MAGConfig
+    from miras.nn.titans import MALConfig as MALConfig
     from miras.nn.titans import MemoryAsContext as MemoryAsContext
     from miras.nn.titans import MemoryAsGate as MemoryAsGate
     from miras.nn.titans import MemoryAsLayer as MemoryAsLayer

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer, prepare
-from miras.evaluate.describe import describe, design_space, features
+from miras.evaluate.describe import describe, design_space
 from miras.evaluate.stream import Curve, stream_curve
-from miras.nn.config import ModelConfig, unread_sizes
+from miras.nn.config import ModelConfig
 from miras.nn.folder import model_hash, read_config
 from miras.nn.lm import LM, LMState
 from miras.nn.reading import Mask, Spelling, read_pieces
@@ -42,8 +42,6 @@ def info(options: InfoOptions) -> int:
     name, as_json, trusted = (sizes.pop(n) for n in ("model", "json", "trust_remote_code"))
     given = {field: value for field, value in sizes.items() if value is not None}
     config = override(_config(name, trusted), **given)
-    if reason := unread_sizes(config.pattern, given):
-        raise ValueError(f"{name}: {reason}")
     found = describe(config)
     if as_json:
         print(json.dumps(found, indent=2, allow_nan=False, default=str))
@@ -55,31 +53,31 @@ def info(options: InfoOptions) -> int:
         f"[bold]{escape(name)}[/]: {uniform}; hidden {config.hidden_size}, "
         f"heads {config.num_heads} of {config.width()}"
     )
-    if found["window_size"] is not None or found["state_grows"]:
-        window = "everything" if found["state_grows"] else f"{found['window_size']:,} tokens"
-        console.print(f"attention over {window}, {found['num_persistent']} persistent tokens")
-    if found["segment_size"] is not None:
-        console.print(
-            f"attention inside segments of {found['segment_size']:,} tokens and their memory tokens, "
-            f"{found['num_persistent']} persistent tokens"
-        )
-    if found["memory"] is not None:
-        table = Table("axis", "choice", "meaning", box=None, pad_edge=False)
-        for axis, part in found["memory"].items():
-            table.add_row(axis, part["choice"], part["meaning"])
-        console.print("\n[bold]the memory[/]", table, "\n[bold]per head[/]", sep="\n", markup=True)
-        console.print(*found["equations"], features(config), sep="\n", markup=False)
-        table = Table("gate", "made as", "b at first", "at most", "one per", box=None, pad_edge=False)
-        for gate, made in found["gates"].items():
-            most = "no bound" if made["largest"] is None else f"{made['largest']:g}"
-            table.add_row(gate, made["formula"], f"{made['initial_bias']:g}", most, made["per"])
-        console.print("\n[bold]gates[/]", table, sep="\n")
+    for each in found["mixers"]:
+        if len(found["mixers"]) > 1:
+            console.print(f"\n[bold]{escape(each['name'])}[/]")
+        console.print(*each["words"], sep="\n")
+        for memory in each["memories"]:
+            _show_memory(console, memory)
     growth = ", and grows with every token" if found["state_grows"] else ", whatever was read"
     console.print(
         f"\n{found['parameters']:,} parameters; state of a stream {size_text(found['state_bytes'])}{growth}; "
         f"{found['flops_per_token']:,} FLOPs per token"
     )
     return 0
+
+
+def _show_memory(console: Console, memory: dict[str, Any]) -> None:
+    table = Table("axis", "choice", "meaning", box=None, pad_edge=False)
+    for axis, part in memory["choices"].items():
+        table.add_row(axis, part["choice"], part["meaning"])
+    console.print("\n[bold]the memory[/]", table, "\n[bold]per head[/]", sep="\n", markup=True)
+    console.print(*memory["equations"], memory["features"], sep="\n", markup=False)
+    table = Table("gate", "made as", "b at first", "at most", "one per", box=None, pad_edge=False)
+    for gate, made in memory["gates"].items():
+        most = "no bound" if made["largest"] is None else f"{made['largest']:g}"
+        table.add_row(gate, made["formula"], f"{made['initial_bias']:g}", most, made["per"])
+    console.print("\n[bold]gates[/]", table, sep="\n")
 
 
 def show(options: ListOptions) -> int:

@@ -12,43 +12,48 @@ An ablation is one override:
     first-order outer loop    algorithm=GradientDescent(momentum=True, step_bound=10.0, first_order=True)
     steps uphill              algorithm=GradientAscent(momentum=True, step_bound=10.0)
     q in place of k           features=Features(keys="query")
-    last layer only           gates=last_layer(preset(name).rule)
+    last layer only           gates=last_layer(preset(name).memories()[0].rule)
 
 The last three are the sceptics' (arXiv 2602.21204): a model that is as good with them does not use what its memory is
 said to do.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
 
 from miras.core.algorithm import GradientDescent, Implicit
-from miras.core.bias import L2, Dot, Huber, Lp
+from miras.core.bias import Dot, Huber, Lp
 from miras.core.memory import MLP, Matrix
 from miras.core.retention import Decay, Keep, LqNorm, Simplex
 from miras.core.rule import Rule
-from miras.nn.config import AXES, ModelConfig
+from miras.nn.attention import AttentionConfig
+from miras.nn.config import ModelConfig
 from miras.nn.gates import ALWAYS, NEVER, Gate
 from miras.nn.lm import LM
-from miras.nn.memory import DEFAULT_GATES, Features
+from miras.nn.memory import Features, MemoryConfig
+from miras.nn.part import MixerConfig
+from miras.nn.titans import MACConfig, MAGConfig, MALConfig
 from miras.store.words import nearest
 
-TITANS = {
-    "rule": Rule(
+TITANS = MemoryConfig(
+    rule=Rule(
         memory=MLP(),
         retention=Decay(towards="initial"),
         algorithm=GradientDescent(momentum=True, step_bound=10.0),
         chunk_size=16,
     ),
-    "gates": {
+    gates={
         "lr": Gate(scale=0.25, bias=-1.5, per_weight=True),
         "momentum": Gate(scale=0.9, per_weight=True),
         "forget": Gate(bias=-5.0, per_weight=True),
     },
-}
+)
 """Titans' memory: deep, momentum, forgetting, a gate for each of its weights (NeurIPS version, 3 and App. B.3)."""
+
+WINDOW = AttentionConfig(window_size=2048)
+PERSISTENT = AttentionConfig(window_size=2048, num_persistent=128)
 
 
 def _by_channel(scale: float, lr: float, forget: float) -> dict[str, Gate]:
@@ -74,140 +79,137 @@ DT = Gate("softplus", bias=-6.9, spread=4.65)
 DECAY = Gate("decay", bias=-6.9, spread=4.65)
 """1 - exp(-A dt), with a learned A between 1 and 16 and a dt of its own as Mamba's (Gated DeltaNet 3.4)."""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "transformer": {"pattern": ("attention",)},
-    "swa": {"pattern": ("attention",), "window_size": 2048},
-    "linear-attention": {
-        "rule": Rule(Matrix(), Dot(), Keep(), chunk_size=1),
-        "gates": {"lr": ALWAYS},
-        "features": Features(activation="elu1", values="identity", normalize=False),
-        "conv_size": 0,
-        "initial_scale": 0.0,
-    },
-    "retnet": {
-        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
-        "gates": {"lr": ALWAYS, "forget": Gate("exp2", bias=-5.0, step=-1.0, source="fixed")},
-        "features": dataclasses.replace(PLAIN, scaled=True, rotary=True),
-        "conv_size": 0,
-        "initial_scale": 0.0,
-    },
-    "mamba2": {
-        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
-        "gates": {"lr": DT, "forget": Gate("decay", follows="lr")},
-        "features": SILU,
-        "initial_scale": 0.0,
-    },
-    "gla": {
-        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
-        "gates": {"lr": ALWAYS, "forget": Gate("root_sigmoid", channels="input", rank=16)},
-        "features": dataclasses.replace(PLAIN, scaled=True),
-        "conv_size": 0,
-        "initial_scale": 0.0,
-    },
-    "hgrn2": {
-        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
-        "gates": {"lr": ALWAYS, "forget": Gate(bias=-3.0, channels="input", rank=0)},
-        "features": Features(values="identity", normalize=False, keys="forget"),
-        "conv_size": 0,
-        "initial_scale": 0.0,
-    },
-    "mlstm": {
-        "rule": Rule(Matrix(), Dot(), Decay(), chunk_size=1),
-        "gates": {"lr": Gate("exp"), "forget": Gate(bias=-6.0, spread=3.0)},
-        "features": Features(values="identity", normalize=False, scaled=True, normalizer=True),
-        "initial_scale": 0.0,
-    },
-    "deltanet": {
-        "rule": Rule(Matrix(), retention=Keep(), chunk_size=1),
-        "gates": {"lr": Gate()},
-        "initial_scale": 0.0,
-    },
-    "gated-deltanet": {
-        "rule": Rule(Matrix(), retention=Decay(decayed=True), chunk_size=1),
-        "gates": {"lr": Gate(), "forget": DECAY},
-        "initial_scale": 0.0,
-    },
-    "deltaproduct": {
-        "rule": Rule(
-            Matrix(), retention=Decay(decayed=True), algorithm=GradientDescent(steps=2), chunk_size=1
-        ),
-        "gates": {"lr": Gate(scale=2.0), "forget": DECAY},
-        "initial_scale": 0.0,
-    },
-    "longhorn": {
-        "rule": Rule(Matrix(), retention=Keep(), algorithm=Implicit(), chunk_size=1),
-        "gates": {"lr": Gate()},
-        "features": SILU,
-        "initial_scale": 0.0,
-    },
-    "ttt-linear": {
-        "rule": Rule(
+MEMORIES: dict[str, MemoryConfig] = {
+    "linear-attention": MemoryConfig(
+        rule=Rule(Matrix(), Dot(), Keep(), chunk_size=1),
+        gates={"lr": ALWAYS},
+        features=Features(activation="elu1", values="identity", normalize=False),
+        conv_size=0,
+        initial_scale=0.0,
+    ),
+    "retnet": MemoryConfig(
+        rule=Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        gates={"lr": ALWAYS, "forget": Gate("exp2", bias=-5.0, step=-1.0, source="fixed")},
+        features=dataclasses.replace(PLAIN, scaled=True, rotary=True),
+        conv_size=0,
+        initial_scale=0.0,
+    ),
+    "mamba2": MemoryConfig(
+        rule=Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        gates={"lr": DT, "forget": Gate("decay", follows="lr")},
+        features=SILU,
+        initial_scale=0.0,
+    ),
+    "gla": MemoryConfig(
+        rule=Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        gates={"lr": ALWAYS, "forget": Gate("root_sigmoid", channels="input", rank=16)},
+        features=dataclasses.replace(PLAIN, scaled=True),
+        conv_size=0,
+        initial_scale=0.0,
+    ),
+    "hgrn2": MemoryConfig(
+        rule=Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        gates={"lr": ALWAYS, "forget": Gate(bias=-3.0, channels="input", rank=0)},
+        features=Features(values="identity", normalize=False, keys="forget"),
+        conv_size=0,
+        initial_scale=0.0,
+    ),
+    "mlstm": MemoryConfig(
+        rule=Rule(Matrix(), Dot(), Decay(), chunk_size=1),
+        gates={"lr": Gate("exp"), "forget": Gate(bias=-6.0, spread=3.0)},
+        features=Features(values="identity", normalize=False, scaled=True, normalizer=True),
+        initial_scale=0.0,
+    ),
+    "deltanet": MemoryConfig(
+        rule=Rule(Matrix(), retention=Keep(), chunk_size=1),
+        gates={"lr": Gate()},
+        initial_scale=0.0,
+    ),
+    "gated-deltanet": MemoryConfig(
+        rule=Rule(Matrix(), retention=Decay(decayed=True), chunk_size=1),
+        gates={"lr": Gate(), "forget": DECAY},
+        initial_scale=0.0,
+    ),
+    "deltaproduct": MemoryConfig(
+        rule=Rule(Matrix(), retention=Decay(decayed=True), algorithm=GradientDescent(steps=2), chunk_size=1),
+        gates={"lr": Gate(scale=2.0), "forget": DECAY},
+        initial_scale=0.0,
+    ),
+    "longhorn": MemoryConfig(
+        rule=Rule(Matrix(), retention=Keep(), algorithm=Implicit(), chunk_size=1),
+        gates={"lr": Gate()},
+        features=SILU,
+        initial_scale=0.0,
+    ),
+    "ttt-linear": MemoryConfig(
+        rule=Rule(
             MLP(depth=1, bias=True, affine=True, bias_input="key"),
             retention=Keep(),
             algorithm=GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": {"lr": Gate()},
-        "features": Features(activation="identity", values="identity"),
-    },
-    "ttt-mlp": {
-        "rule": Rule(
+        gates={"lr": Gate()},
+        features=Features(activation="identity", values="identity"),
+    ),
+    "ttt-mlp": MemoryConfig(
+        rule=Rule(
             MLP(bias=True, affine=True, bias_input="key"),
             retention=Keep(),
             algorithm=GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": {"lr": Gate(scale=0.1)},
-        "features": Features(activation="identity", values="identity"),
-    },
-    "titans-linear": {
-        "pattern": ("memory",),
-        "rule": dataclasses.replace(TITANS["rule"], memory=Matrix()),
-        "gates": {
+        gates={"lr": Gate(scale=0.1)},
+        features=Features(activation="identity", values="identity"),
+    ),
+    "titans-linear": MemoryConfig(
+        rule=dataclasses.replace(TITANS.rule, memory=Matrix()),
+        gates={
             "lr": Gate(per_weight=True),
             "momentum": Gate(scale=0.9, per_weight=True),
             "forget": Gate(bias=-8.0, per_weight=True),
         },
-        "initial_scale": 0.0,
-    },
-    "titans-lmm": {"pattern": ("memory",), **TITANS},
-    "titans-mac": {"pattern": ("mac",), "segment_size": 512, "num_persistent": 128, **TITANS},
-    "titans-mag": {"pattern": ("mag",), "window_size": 2048, "num_persistent": 128, **TITANS},
-    "titans-mal": {"pattern": ("mal",), "window_size": 2048, "num_persistent": 128, **TITANS},
-    "swa-lmm": {"pattern": ("attention", "memory"), "window_size": 2048, "num_persistent": 128, **TITANS},
-    "moneta": {
-        "rule": Rule(
+        initial_scale=0.0,
+    ),
+    "titans-lmm": TITANS,
+    "moneta": MemoryConfig(
+        rule=Rule(
             MLP(),
             Lp(3.0, clip=1.0),
             LqNorm(4.0, towards="initial"),
             GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": _by_channel(0.02, lr=-2.0, forget=-3.0),
-        "initial_scale": 0.5,
-    },
-    "yaad": {
-        "rule": Rule(
-            MLP(), Huber(), Decay(towards="initial"), GradientDescent(step_bound=1.0), chunk_size=16
-        ),
-        "gates": _by_channel(0.35, lr=-2.0, forget=-5.0) | {"delta": Gate("softplus", bias=0.5413)},
-    },
-    "memora": {
-        "rule": Rule(
+        gates=_by_channel(0.02, lr=-2.0, forget=-3.0),
+        initial_scale=0.5,
+    ),
+    "yaad": MemoryConfig(
+        rule=Rule(MLP(), Huber(), Decay(towards="initial"), GradientDescent(step_bound=1.0), chunk_size=16),
+        gates=_by_channel(0.35, lr=-2.0, forget=-5.0) | {"delta": Gate("softplus", bias=0.5413)},
+    ),
+    "memora": MemoryConfig(
+        rule=Rule(
             MLP(),
             retention=Simplex("input", towards="initial"),
             algorithm=GradientDescent(step_bound=1.0),
             chunk_size=16,
         ),
-        "gates": _by_channel(0.25, lr=0.0, forget=-5.0),
-        "initial_scale": 1.5,
-    },
+        gates=_by_channel(0.25, lr=0.0, forget=-5.0),
+        initial_scale=1.5,
+    ),
 }
+"""Models of memories alone."""
 
-PRESETS |= {
-    f"{name}-h": PRESETS[name] | {"pattern": ("memory", "attention"), "window_size": 2048}
-    for name in ("moneta", "yaad", "memora")
+PRESETS: dict[str, tuple[MixerConfig, ...]] = {
+    "transformer": (AttentionConfig(),),
+    "swa": (WINDOW,),
+    **{name: (memory,) for name, memory in MEMORIES.items()},
+    "titans-mac": (MACConfig(memory=TITANS, segment_size=512, num_persistent=128),),
+    "titans-mag": (MAGConfig(memory=TITANS, attention=PERSISTENT),),
+    "titans-mal": (MALConfig(memory=TITANS, attention=PERSISTENT),),
+    "swa-lmm": (PERSISTENT, TITANS),
+    **{f"{name}-h": (MEMORIES[name], WINDOW) for name in ("moneta", "yaad", "memora")},
 }
+"""The mixers of each preset's layers, repeated."""
 
 SOURCES: dict[str, str] = {
     "transformer": "Transformer++ (LLaMA)",
@@ -246,48 +248,28 @@ def presets() -> tuple[str, ...]:
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:
-    """A preset's config with some fields changed.
+    """A preset's config with some settings changed, as `override` changes them.
 
-    Overrides are fields of `ModelConfig`; `memory`, `bias`, `retention`, `algorithm` and `chunk_size` change those
-    of the rule, and `gates` those it names. Raises ValueError for an unknown name, with the nearest known one.
+    Raises ValueError for an unknown name, with the nearest known one.
     """
     if name not in PRESETS:
         raise ValueError(
             f"unknown preset {name!r}{nearest(str(name), PRESETS)}; known are {', '.join(PRESETS)}"
         )
-    return override(ModelConfig(**PRESETS[name]), **overrides)
+    return override(ModelConfig(pattern=PRESETS[name]), **overrides)
 
 
 def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
-    """The config with some fields changed, as `preset` takes them.
+    """The config with some settings changed, wherever they stand in it.
 
-    An exact rule that corrects an error (chunk_size 1, L2) and is given chunks takes their step bound with them, or
-    one key repeated through a chunk would make it diverge; an `algorithm` of your own is taken as it is.
+    They are fields of `ModelConfig`, of its mixers, and of the rules of its memories (`memory`, `bias`, `retention`,
+    `algorithm`, `chunk_size`); `gates` changes the gates that it names; `pattern` holds mixers or names of mixers.
+    Raises ValueError for a setting that no part of the model has.
     """
-    parts = (*AXES, "chunk_size")
-    known = [*(f.name for f in dataclasses.fields(ModelConfig)), *parts]
-    for field in overrides:
-        if field not in known:
-            raise ValueError(f"unknown field {field!r}{nearest(field, known)}; known are {', '.join(known)}")
-    values = dict(overrides)
-    rule = values.get("rule", config.rule)
-    rule = dataclasses.replace(rule, **{part: values.pop(part) for part in parts if part in values})
-    exact = config.rule.chunk_size == 1 and isinstance(rule.bias, L2) and not rule.algorithm.step_bound
-    if exact and rule.chunk_size > 1 and not overrides.keys() & {"rule", "algorithm"}:
-        lr = values.get("gates", {}).get("lr", config.gates.get("lr", DEFAULT_GATES["lr"]))
-        largest = lr.largest(config.num_heads)
-        bound = 1 / largest if 1 < largest < math.inf else 1.0
-        rule = dataclasses.replace(rule, algorithm=dataclasses.replace(rule.algorithm, step_bound=bound))
-    weights = ("", *rule.memory.shapes(2, 2))
-    own = {
-        n: g
-        for n, g in config.gates.items()
-        if n.partition(".")[0] in rule.gates() and n.partition(".")[2] in weights
-    }
-    values |= {"rule": rule, "gates": own | values.get("gates", {})}
-    if "pattern" in values:
-        values["pattern"] = tuple(values["pattern"])
-    return dataclasses.replace(config, **values)
+    changed = config.changed(overrides)
+    if reason := changed.unread(overrides):
+        raise ValueError(reason)
+    return changed
 
 
 def last_layer(rule: Rule) -> dict[str, Gate]:
@@ -317,18 +299,22 @@ def match_size(config: ModelConfig, wanted: int) -> ModelConfig:
 
     It is never narrower than 2, so that a model may stay larger.
     """
+    if config.mlp is None:
+        raise ValueError("match_size: the model has no MLP whose width could change")
     per_unit = 3 * config.hidden_size * config.num_hidden_layers
     more = round((wanted - parameters(config)) / per_unit / 2) * 2
     return dataclasses.replace(config, intermediate_size=max(2, config.inner() + more))
 
 
 def attention_twin(config: ModelConfig) -> ModelConfig:
-    """The attention-only model of equal size: same window (a segment's length for memory as context), memories out,
+    """The attention-only model of equal size: same windows (a segment's length for memory as context), memories out,
     the SwiGLU wider by what they held.
 
-    Its size is the nearest that a SwiGLU of even width gives.
+    A layer without attention gets that of the next one that has some. The size is the nearest that a SwiGLU of even
+    width gives.
     """
-    pattern = tuple("attention" for _ in config.pattern)
-    window = config.segment_size if "mac" in config.pattern else config.window_size
-    base = dataclasses.replace(config, pattern=pattern, window_size=window, intermediate_size=config.inner())
+    seen = [each.sees() for each in config.pattern]
+    other = next((fields for fields in seen if fields), {})
+    pattern = tuple(AttentionConfig(**(fields or other)) for fields in seen)
+    base = dataclasses.replace(config, pattern=pattern, intermediate_size=config.inner())
     return match_size(base, parameters(config))

@@ -25,7 +25,7 @@ EXTRA = (
 def build(name: str, seed: int) -> LM:
     for extra in EXTRA:
         try:
-            config = preset(name, **SIZES, **extra)
+            config = preset(name).changed(SIZES | extra)
         except ValueError:
             continue
         torch.manual_seed(seed)

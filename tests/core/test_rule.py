@@ -101,12 +101,15 @@ def test_a_step_bound_is_not_negative():
         (lambda: miras.Gate(per_weight="yes"), "per_weight must be True or False, got 'yes'"),
         (lambda: miras.Features(normalize=0), "normalize must be True or False, got 0"),
         (lambda: miras.ModelConfig(vocab_size=True), "vocab_size must be a whole number, got True"),
-        (lambda: miras.ModelConfig(window_size=16.5), "window_size must be a whole number or None, got 16.5"),
+        (
+            lambda: miras.AttentionConfig(window_size=16.5),
+            "window_size must be a whole number or None, got 16.5",
+        ),
         (lambda: miras.ModelConfig(norm_eps="x"), "norm_eps must be a finite number, got 'x'"),
         (lambda: miras.ModelConfig(norm_eps=-10), "norm_eps must be at least 0, got -10"),
-        (lambda: miras.ModelConfig(conv_size=-1), "conv_size must be at least 0, got -1"),
+        (lambda: miras.MemoryConfig(conv_size=-1), "conv_size must be at least 0, got -1"),
         (lambda: miras.ModelConfig(rope_theta=0), "rope_theta must be above 0, got 0"),
-        (lambda: miras.ModelConfig(pattern="mag"), "pattern must be a tuple of names"),
+        (lambda: miras.ModelConfig(pattern="mag"), "pattern must be a tuple of mixers"),
     ],
 )
 def test_a_choice_holds_what_its_fields_say(make, message):
@@ -115,10 +118,9 @@ def test_a_choice_holds_what_its_fields_say(make, message):
 
 
 def test_numbers_of_numpy_are_numbers():
-    config = miras.ModelConfig(
-        hidden_size=np.int64(64), norm_eps=np.float32(0.5), rule=Rule(chunk_size=np.int64(4))
-    )
-    assert '"hidden_size": 64' in json.dumps(config.to_dict()) and config.rule.chunk_size == 4
+    memory = miras.MemoryConfig(rule=Rule(chunk_size=np.int64(4)))
+    config = miras.ModelConfig(hidden_size=np.int64(64), norm_eps=np.float32(0.5), pattern=(memory,))
+    assert '"hidden_size": 64' in json.dumps(config.to_dict()) and config.stride() == 4
     assert type(config.norm_eps) is float
     assert miras.ModelConfig(rope_theta=10_000).rope_theta == 10_000  # a whole number is one too
 

@@ -67,7 +67,7 @@ def test_the_shipped_models_are_the_recipe_s_and_small():
         file = resources.files("miras.demo") / "assets" / name / "model.safetensors"
         assert len(file.read_bytes()) < 900_000
     assert models["memory"].num_parameters() == pytest.approx(models["twin"].num_parameters(), rel=0.01)
-    assert needle_config().rule.chunk_size == 1 and STEPS > 0
+    assert needle_config().stride() == 1 and STEPS > 0
     assert max(length for stage in STAGES for length in stage.lengths) == 2048, "as the page says"
 
 

@@ -127,9 +127,8 @@ def test_rows_are_what_they_are_alone():
 )
 def test_sessions_side_by_side_decode_as_if_alone(preset, sizes):
     # Prompts that end anywhere in a chunk, a segment and a window; then over the ends of all three, a token a call.
-    config = miras.preset(
-        preset, vocab_size=11, hidden_size=8, num_hidden_layers=2, num_heads=2, chunk_size=3, **sizes
-    )
+    more = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_heads": 2, "chunk_size": 3}
+    config = miras.preset(preset).changed(sizes | more)
     torch.manual_seed(0)
     model, lengths = miras.LM(config).double(), torch.tensor([1, 6, 8, 11])
     tokens = torch.randint(11, (4, 24))

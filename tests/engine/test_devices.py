@@ -34,8 +34,8 @@ SIZES = {
 def small(name: str, **changed: Any) -> ModelConfig:
     """A preset with one layer of each of its kinds."""
     made = preset(name)
-    chunk_size = min(2, made.rule.chunk_size)
-    return preset(name, **SIZES, num_hidden_layers=len(made.pattern), chunk_size=chunk_size, **changed)
+    more = {"num_hidden_layers": len(made.pattern), "chunk_size": min(2, made.stride())}
+    return made.changed(SIZES | more | changed)
 
 
 CASES = {name: small(name) for name in presets()} | {"titans-mac-pooled": small("titans-mac", pool=2)}

@@ -23,9 +23,11 @@ def test_numbers_are_those_of_the_model(name: str):
     assert found["parameters"] == model.num_parameters()
     assert found["state_bytes"] == model.state_bytes()
     assert found["flops_per_token"] == model.flops_per_token()
-    assert found["layers"] == [config.mixer(layer) for layer in range(3)]
+    assert found["layers"] == [config.mixer(layer).name for layer in range(3)]
     assert found["state_grows"] == (name == "transformer")
-    assert (found["memory"] is None) == (name in ("transformer", "swa"))
+    remembering = [each for each in found["mixers"] if each["memories"]]
+    assert (not remembering) == (name in ("transformer", "swa"))
+    assert [each["name"] for each in found["mixers"]] == [each.name for each in config.pattern]
 
 
 def test_equations_follow_the_choices():
@@ -39,7 +41,7 @@ def test_equations_follow_the_choices():
 
 def test_gates_say_how_they_are_made():
     config = preset("titans-lmm", **SIZES, gates={"lr": Gate(link="softplus", scale=2.0, bias=-1.0)})
-    gates = describe(config)["gates"]
+    gates = describe(config)["mixers"][0]["memories"][0]["gates"]
     assert gates["lr"] == {
         "formula": "0.2 softplus(x W + b)",
         "initial_bias": -1.0,

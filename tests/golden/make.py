@@ -42,7 +42,9 @@ def config(name: str) -> miras.ModelConfig:
         "intermediate_size": 8,
     }
     if name == "composed":
-        return miras.ModelConfig(rule=miras.Rule(miras.MLP(), miras.Huber(), chunk_size=4), **sizes)
+        return miras.zoo.override(
+            miras.ModelConfig(), rule=miras.Rule(miras.MLP(), miras.Huber(), chunk_size=4), **sizes
+        )
     wired = {"num_persistent": 2} if name in ("titans-mac", "titans-mag") else {}
     wired |= {"segment_size": 32} if name == "titans-mac" else {"window_size": 16} if wired else {}
     return miras.preset(name, **sizes, **wired)

@@ -27,8 +27,8 @@ Make = Callable[..., MirasForCausalLM]
 
 def config(name: str = "titans-mag", **changed: object) -> ModelConfig:
     """A preset, tiny; a rule of the single token stays one."""
-    sizes = SIZES | {"chunk_size": min(SIZES["chunk_size"], preset(name).rule.chunk_size)}
-    return preset(name, **(sizes | changed))  # pyright: ignore
+    sizes = SIZES | {"chunk_size": min(SIZES["chunk_size"], preset(name).stride())}
+    return preset(name).changed(sizes | changed)  # pyright: ignore
 
 
 def build(name: str = "titans-mag", seed: int = 0, **changed: object) -> LM:

@@ -164,15 +164,17 @@ def test_a_weight_that_a_file_lacks_is_new_and_the_others_are_kept(tmp_path, cap
 
 
 def foreign() -> ModelConfig:
-    plain = config()
-    return dataclasses.replace(plain, rule=dataclasses.replace(plain.rule, bias=Halved()))
+    return config(bias=Halved())
 
 
 def test_code_that_a_config_names_runs_only_where_it_is_trusted(tmp_path):
     model = MirasForCausalLM(MirasConfig.of(foreign()))
     model.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
-    assert values["rule"]["bias"]["name"].endswith(":Halved") and "_trusted" not in values
+    assert (
+        values["pattern"][0]["memory"]["rule"]["bias"]["name"].endswith(":Halved")
+        and "_trusted" not in values
+    )
     (tmp_path / "config.json").write_text(json.dumps(values | {"_trusted": True}))  # a lie is no trust
     for load in (
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path),
@@ -186,7 +188,7 @@ def test_code_that_a_config_names_runs_only_where_it_is_trusted(tmp_path):
         MirasForCausalLM.from_pretrained(tmp_path, trust_remote_code=True),
         MirasForCausalLM(MirasConfig.from_pretrained(tmp_path, trust_remote_code=True)),
     ):
-        assert isinstance(found.lm().config.rule.bias, Halved)
+        assert isinstance(found.lm().config.memories()[0].rule.bias, Halved)
     with pytest.raises(ValueError, match="trust_remote_code=True"):  # trust does not outlive its call
         MirasForCausalLM(MirasConfig.from_pretrained(tmp_path))
 
@@ -198,8 +200,8 @@ def test_a_config_that_describes_no_model_is_refused(tmp_path):
     for change, reason in (
         ({"num_heads": 3}, "hidden_size 16 is not a multiple of num_heads 3"),
         ({"format_version": 99}, "format version 99 is unknown"),
-        ({"pattern": ["magic"]}, "pattern must name one or more"),
-        ({"spiral": 3}, "unknown fields spiral; known are format_version, vocab_size"),
+        ({"pattern": [{"name": "magic"}]}, "unknown pattern 'magic'"),
+        ({"spiral": 3}, "unknown fields spiral; known are format_version, hidden_size"),
     ):
         path.write_text(json.dumps(values | change))
         with pytest.raises(ValueError, match=reason):

@@ -38,7 +38,7 @@ needs_compiler = pytest.mark.skipif(not compiles(), reason="torch.compile needs 
 def prepared(name: str) -> tuple[miras.LM, torch.Tensor, LMState]:
     """A model, tokens (2, 30), and the state of rows that have read 10 and 8 of them."""
     torch.manual_seed(0)
-    model = miras.LM(miras.preset(name, **(SIZES | MODELS[name]))).double()
+    model = miras.LM(miras.preset(name).changed(SIZES | MODELS[name])).double()
     tokens = torch.randint(11, (2, 30))
     _, state = model(tokens[:, :10], valid=torch.arange(10) < torch.tensor([[10], [8]]))
     return model, tokens, state.detach()
@@ -55,7 +55,7 @@ def same(got: LMState, want: LMState) -> None:
 def test_a_step_inside_is_a_call(name):
     model, tokens, state = prepared(name)
     fast = miras.Compiled(model, backend="eager")
-    chunk = 0 if name == "transformer" else model.config.rule.chunk_size
+    chunk = 0 if name == "transformer" else model.config.memories()[0].stride()
     segment = MODELS[name].get("segment_size", 0)
     for t in range(14):
         at = (10 + t, 8 + t)  # tokens of each row before this one

@@ -3,21 +3,28 @@
 import json
 import re
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
 
 import miras
+import miras.evaluate.describe
 from miras.core.algorithm import GradientAscent, GradientDescent
 from miras.core.bias import Bias
 from miras.core.memory import MLP, GatedMLP, Matrix
 from miras.core.retention import Bregman, FDivergence, Keep, Simplex
 from miras.core.rule import Rule, weights
+from miras.core.state import Record
+from miras.nn.attention import AttentionConfig
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.memory import Features
+from miras.nn.mixer import Mixer
+from miras.nn.part import MixerConfig
+from miras.nn.titans import MAGConfig
 from miras.zoo import SOURCES, last_layer, preset, presets
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2}
@@ -47,7 +54,7 @@ def refused(message):
 
 def test_a_choice_from_elsewhere(tmp_path):
     config = preset("titans-linear", bias=Cosh(2.0), **SMALL)
-    written = config.to_dict()["rule"]["bias"]
+    written = config.to_dict()["pattern"][0]["rule"]["bias"]
     assert written == {"name": f"{__name__}:Cosh", "width": 2.0}
     with refused(f"names code to import and run, {__name__}:Cosh"):
         through(config)
@@ -58,11 +65,11 @@ def test_a_choice_from_elsewhere(tmp_path):
         load_model(tmp_path / "m")
     assert load_model(tmp_path / "m", trust_remote_code=True).config == config
     gone = config.to_dict()
-    gone["rule"]["bias"] = {"name": "no_such_package.biases:Cosh"}
+    gone["pattern"][0]["rule"]["bias"] = {"name": "no_such_package.biases:Cosh"}
     with refused("no_such_package.biases:Cosh cannot be imported"):
         ModelConfig.from_dict(gone, trust_remote_code=True)
 
-    gone["rule"]["bias"] = {"name": "__main__:Cosh"}
+    gone["pattern"][0]["rule"]["bias"] = {"name": "__main__:Cosh"}
     with refused("it was defined in a script or a notebook: move it to a module"):
         ModelConfig.from_dict(gone, trust_remote_code=True)
 
@@ -75,7 +82,7 @@ def test_a_choice_from_elsewhere(tmp_path):
 
 def test_functions():
     config = preset("titans-linear", retention=Bregman(torch.tanh), **SMALL)
-    assert config.to_dict()["rule"]["retention"]["inverse"] == {"function": "torch:tanh"}
+    assert config.to_dict()["pattern"][0]["rule"]["retention"]["inverse"] == {"function": "torch:tanh"}
     assert through(config) == config
     softplus = preset("titans-linear", retention=FDivergence(torch.nn.functional.softplus), **SMALL)
     assert through(softplus) == softplus
@@ -88,7 +95,7 @@ def test_functions():
     evil = own.to_dict()
     paths = ("torch:load", "torch.hub:load", "os:system", "torch:serialization.load", "torch:")
     for path in (*paths, "torch:from_file", "torch:set_num_threads", "torch.nn.functional:dropout"):
-        evil["rule"]["retention"]["inverse"] = {"function": path}
+        evil["pattern"][0]["rule"]["retention"]["inverse"] = {"function": path}
         with refused("names code to import and run"):
             ModelConfig.from_dict(evil)
 
@@ -98,7 +105,12 @@ def test_a_choice_names_nothing_that_is_called_with_a_files_values(axis, tmp_pat
     """`torch.from_file` with the values of a file would make, grow and damage any file of the user's."""
     victim = tmp_path / "victim"
     evil = preset("titans-linear", **SMALL).to_dict()
-    evil["rule"][axis] = {"name": "torch:from_file", "filename": str(victim), "shared": True, "size": 1000}
+    evil["pattern"][0]["rule"][axis] = {
+        "name": "torch:from_file",
+        "filename": str(victim),
+        "shared": True,
+        "size": 1000,
+    }
     with refused("names code to import and run, torch:from_file"):
         ModelConfig.from_dict(evil)
     with refused(f"{axis} 'torch:from_file' is not a subclass of {axis.title()}"):
@@ -106,14 +118,163 @@ def test_a_choice_names_nothing_that_is_called_with_a_files_values(axis, tmp_pat
     assert not victim.exists()
 
 
-def test_only_what_is_new_and_used_is_written():
-    old = preset("titans-lmm", **SMALL).to_dict()
-    assert "features" not in old and set(old["gates"]["lr"]) == {"link", "scale", "bias", "per_weight"}
-    assert set(old["rule"]["algorithm"]) == {"name", "momentum", "step_bound"}
-    assert set(old["rule"]["memory"]) == {"name", "depth", "expansion", "residual", "norm"}
-    new = preset("mlstm", **SMALL).to_dict()
-    assert new["features"] == {"values": "identity", "normalize": False, "scaled": True, "normalizer": True}
-    assert new["gates"]["forget"]["spread"] == 3.0
+def test_a_file_says_everything_that_a_model_is():
+    """So that a default may change, and old files still mean what they meant."""
+    written = preset("titans-mag", **SMALL).to_dict()
+    (mag,) = written["pattern"]
+    assert mag["name"] == "mag" and mag["attention"] == {
+        "name": "attention",
+        "window_size": 2048,
+        "num_persistent": 128,
+    }
+    memory = mag["memory"]
+    assert set(memory) == {"name", "rule", "gates", "conv_size", "initial_scale", "features"}
+    assert set(memory["rule"]["algorithm"]) == {"name", "momentum", "step_bound", "steps", "first_order"}
+    assert memory["gates"]["lr"]["rank"] == 32 and memory["features"]["keys"] == "projected"
+    assert written["mlp"] == {"name": "swiglu"} and written["intermediate_size"] is None
+
+
+def test_layers_may_have_rules_of_their_own():
+    """Each is built, described, written and read as it is; a setting changes it wherever it stands."""
+    yaad, linear = (preset(name).memories()[0] for name in ("yaad", "titans-linear"))
+    wired = MAGConfig(memory=linear, attention=AttentionConfig(window_size=4))
+    config = ModelConfig(
+        **SMALL | {"num_hidden_layers": 3}, pattern=(wired, yaad, AttentionConfig(window_size=2))
+    )
+    assert through(config) == config and config.memories() == [linear, yaad]
+    found = miras.evaluate.describe.describe(config)
+    assert found["layers"] == ["mag", "memory", "attention"]
+    said = [[m["choices"]["bias"]["choice"] for m in each["memories"]] for each in found["mixers"]]
+    assert said == [["L2()"], [repr(yaad.rule.bias)], []]
+    model = LM(config)
+    logits, state = model(torch.zeros(1, 5, dtype=torch.long))
+    assert logits.isfinite().all() and [type(each).__name__ for each in state.layers] == [
+        "WiredState",
+        "MemoryState",
+        "Window",
+    ]
+    changed = miras.zoo.override(config, chunk_size=8, window_size=3)
+    assert [m.rule.chunk_size for m in changed.memories()] == [8, 8]
+    assert changed.pattern[0].attention.window_size == changed.pattern[2].window_size == 3
+    assert changed.memories()[1].rule.bias == yaad.rule.bias and changed.stride() == 8
+
+
+def test_layers_with_chunks_of_their_own_stream_at_any_cut():
+    parts = [preset("titans-lmm", chunk_size=size).memories()[0] for size in (2, 6)]
+    wired = MAGConfig(memory=parts[1], attention=AttentionConfig(window_size=4))
+    model = LM(ModelConfig(**SMALL | {"num_hidden_layers": 3}, pattern=(*parts, wired))).double()
+    assert model.config.stride() == 6
+    tokens = torch.randint(256, (2, 29), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, _ = model(tokens)
+        state, rest = None, []
+        for piece in tokens.split([1, 4, 8, 1, 1, 1, 13], 1):
+            logits, state = model(piece, state)
+            rest.append(logits)
+    torch.testing.assert_close(torch.cat(rest, 1), whole, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        (
+            "titans-mac",
+            {"window_size": 8},
+            "window_size is read by layers of attention, mag, mal only, and this",
+        ),
+        (
+            "transformer",
+            {"chunk_size": 4},
+            "chunk_size is read by layers of memory, mac, mag, mal only, and this",
+        ),
+        (
+            "titans-mag",
+            {"segment_size": 8},
+            "segment_size is read by layers of mac only, and this model has mag",
+        ),
+        ("titans-mag", {"windw_size": 8}, "unknown field 'windw_size', perhaps you meant 'window_size'"),
+    ],
+)
+def test_a_setting_that_no_layer_reads_is_refused(name, changed, message):
+    with refused(message):
+        preset(name, **changed)
+    with refused(message):
+        miras.zoo.override(preset(name), **changed)
+
+
+def test_a_named_mixer_is_made_of_what_the_model_has():
+    hybrid = preset("titans-mac", pattern=("attention", "mac", "memory"), window_size=64, segment_size=32)
+    attention, mac, memory = hybrid.pattern
+    assert attention == AttentionConfig(window_size=64, num_persistent=128)
+    assert (mac.segment_size, mac.num_persistent, mac.memory) == (32, 128, memory)
+    assert memory == preset("titans-lmm").memories()[0]
+
+
+def test_a_model_without_mlps():
+    config = preset("titans-lmm", mlp=None, **SMALL)
+    assert config.to_dict()["mlp"] is None and through(config) == config
+    model = LM(config)
+    assert model(torch.zeros(1, 3, dtype=torch.long))[0].isfinite().all()
+    assert not [name for name, _ in model.named_parameters() if "mlp" in name]
+    full = preset("titans-lmm", **SMALL)
+    assert config.flops_per_token() == full.flops_per_token() - 6 * 16 * 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanConfig(MixerConfig):
+    """The mean of all tokens so far: a mixer that the library does not have, in one class and its module."""
+
+    name: ClassVar[str] = "mean"
+
+    gain: float = 1.0
+
+    def build(self, sizes):
+        return Mean(sizes, self)
+
+    def flops(self, sizes):
+        return 2 * sizes.hidden_size**2
+
+
+@dataclass(frozen=True)
+class MeanState(Record):
+    total: torch.Tensor
+    count: torch.Tensor
+
+
+class Mean(Mixer):
+    def __init__(self, sizes, config):
+        super().__init__()
+        self.hidden_size, self.gain = sizes.hidden_size, config.gain
+        self.out = torch.nn.Linear(sizes.hidden_size, sizes.hidden_size, bias=False)
+
+    def initial(self, rows, like):
+        return MeanState(like.new_zeros(rows, self.hidden_size), like.new_zeros(rows))
+
+    def mix(self, x, state, rows):
+        total = state.total[:, None] + x.cumsum(1)
+        count = state.count[:, None] + torch.arange(1, x.shape[1] + 1)
+        y = self.out(self.gain * total / count[..., None])
+        return y, MeanState(total[:, -1], count[:, -1])
+
+
+def test_a_mixer_of_ones_own_is_one_class_and_its_module(tmp_path):
+    """In a model, described, sized, streamed, written by its import path and read back."""
+    config = ModelConfig(**SMALL, vocab_size=32, pattern=(MeanConfig(gain=2.0),))
+    model = LM(config)
+    tokens = torch.randint(32, (2, 9))
+    whole, _ = model(tokens)
+    first, state = model(tokens[:, :4])
+    rest, _ = model(tokens[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole)
+    assert model.state_bytes() == 4 * (16 + 1) + 16 and not config.grows() and config.stride() == 1
+    assert miras.evaluate.describe.describe(config)["mixers"] == [
+        {"name": "mean", "words": [], "memories": []}
+    ]
+    save_model(model, tmp_path / "m")
+    with refused(f"names code to import and run, {__name__}:MeanConfig"):
+        load_model(tmp_path / "m")
+    assert load_model(tmp_path / "m", trust_remote_code=True).config == config
+    assert miras.zoo.override(config, gain=3.0).pattern == (MeanConfig(gain=3.0),)
 
 
 def test_every_preset_has_a_source():
@@ -130,7 +291,7 @@ ABLATIONS = {
     "first-order": {"algorithm": GradientDescent(momentum=True, step_bound=10.0, first_order=True)},
     "ascent": {"algorithm": GradientAscent(momentum=True, step_bound=10.0)},
     "query": {"features": Features(keys="query")},
-    "last": {"gates": last_layer(preset("titans-mag").rule)},
+    "last": {"gates": last_layer(preset("titans-mag").memories()[0].rule)},
 }
 
 
@@ -151,7 +312,7 @@ def test_a_simplex_along_a_channel_wise_gate_is_refused_with_the_config():
 def test_only_the_last_layer_learns(name, memory):
     """Of any memory, with momentum or without, biases included."""
     base = preset(name, memory=memory, **SMALL)
-    model = LM(miras.zoo.override(base, gates=last_layer(base.rule)))
+    model = LM(miras.zoo.override(base, gates=last_layer(base.memories()[0].rule)))
     _, state = model(torch.randint(256, (1, 20), generator=torch.Generator().manual_seed(0)))
     mixer = model.model.layers[0].mixer
     A, A0 = mixer.reader.weights(state.layers[0].memory), mixer.reader.A0(1)
@@ -163,7 +324,7 @@ def test_only_the_last_layer_learns(name, memory):
 def test_a_memory_of_one_layer_has_no_last_one():
     for name in ("deltanet", "ttt-linear", "titans-linear"):
         with refused("has one layer, so there is none to leave as it begins"):
-            last_layer(preset(name).rule)
+            last_layer(preset(name).memories()[0].rule)
 
 
 @pytest.mark.parametrize("kind", ABLATIONS)
@@ -196,10 +357,10 @@ def test_moneta_begins_with_weights_of_the_size_that_is_asked():
     torch.manual_seed(0)
     config = preset("moneta", **SMALL)
     A0 = LM(config).model.layers[0].mixer.reader.A0(1)
-    for name, w in weights(config.rule, A0, {}).items():
+    for name, w in weights(config.memories()[0].rule, A0, {}).items():
         rms = w.square().mean((-2, -1)).sqrt()
         torch.testing.assert_close(
-            rms, torch.full_like(rms, config.initial_scale * A0[name].shape[-2] ** -0.5)
+            rms, torch.full_like(rms, config.memories()[0].initial_scale * A0[name].shape[-2] ** -0.5)
         )
 
 
@@ -267,4 +428,4 @@ def test_features_that_have_no_meaning():
 @pytest.mark.parametrize("name", ["window_size", "vocab_size", "segment_size"])
 def test_sizes_that_no_tensor_has_are_refused(name: str):
     with pytest.raises(ValueError, match=f"{name} must be at most 2147483647, got {1 << 70}"):
-        ModelConfig(**{name: 1 << 70})
+        preset("titans-mac", pattern=("mac", "mag"), **{name: 1 << 70})

@@ -12,18 +12,28 @@ from miras.core.memory import MLP, Matrix
 from miras.core.observe import observe
 from miras.core.retention import Decay
 from miras.core.rule import Rule
-from miras.nn.attention import AttentionLayer
+from miras.nn.attention import AttentionConfig, AttentionLayer
 from miras.nn.config import ModelConfig
 from miras.nn.gates import BOUNDED, LINKS, Gate, Gates, hard
 from miras.nn.lm import LM
-from miras.nn.memory import Features, MemoryLayer, MemoryReader
-from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from miras.nn.memory import Features, MemoryConfig, MemoryLayer, MemoryReader
+from miras.nn.part import MixerConfig, Sizes
+from miras.nn.titans import MACConfig, MAGConfig, MALConfig
 from miras.zoo import preset
 
 HIDDEN, HEADS, B, T = 12, 2, 4, 26
 RULE = Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=4)
 PLAIN = Rule(Matrix(), retention=Decay(decayed=True), chunk_size=3)
 DEEP = Rule(MLP(depth=3, expansion=1, residual=False), chunk_size=5)
+
+
+def made(kind: MixerConfig, rule: Rule = RULE, head_dim: int | None = None, **changed):
+    """A wiring of attention and a memory."""
+    return kind.changed({"rule": rule} | changed).build(
+        Sizes(hidden_size=HIDDEN, num_heads=HEADS, head_dim=head_dim)
+    )
+
+
 LAYERS = {
     "titans": lambda: MemoryLayer(HIDDEN, HEADS, RULE),
     "matrix": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, head_dim=5, value_dim=3),
@@ -32,12 +42,12 @@ LAYERS = {
     "deep": lambda: MemoryLayer(HIDDEN, HEADS, DEEP, head_dim=4, value_dim=7, conv_size=2),
     "window": lambda: AttentionLayer(HIDDEN, HEADS, window_size=5, num_persistent=2),
     "full": lambda: AttentionLayer(HIDDEN, HEADS, head_dim=4),
-    "mag": lambda: MemoryAsGate(HIDDEN, HEADS, RULE, window_size=5, num_persistent=2),
-    "mac": lambda: MemoryAsContext(HIDDEN, HEADS, RULE, segment_size=8, num_persistent=2),
-    "mac-pooled": lambda: MemoryAsContext(HIDDEN, HEADS, RULE, segment_size=8, pool=4),
-    "mac-bare": lambda: MemoryAsContext(HIDDEN, HEADS, PLAIN, segment_size=3, conv_size=0, head_dim=4),
-    "mal": lambda: MemoryAsLayer(HIDDEN, HEADS, RULE, window_size=5, num_persistent=2),
-    "mag-bare": lambda: MemoryAsGate(HIDDEN, HEADS, PLAIN, window_size=2, conv_size=0, head_dim=4),
+    "mag": lambda: made(MAGConfig(), window_size=5, num_persistent=2),
+    "mac": lambda: made(MACConfig(), segment_size=8, num_persistent=2),
+    "mac-pooled": lambda: made(MACConfig(), segment_size=8, pool=4),
+    "mac-bare": lambda: made(MACConfig(), PLAIN, 4, segment_size=3, conv_size=0),
+    "mal": lambda: made(MALConfig(), window_size=5, num_persistent=2),
+    "mag-bare": lambda: made(MAGConfig(), PLAIN, 4, window_size=2, conv_size=0),
 }
 every = pytest.mark.parametrize("kind", LAYERS)
 
@@ -335,19 +345,27 @@ def test_a_configs_errors():
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"hidden_size": 30, "num_heads": 4}, "hidden_size 30 is not a multiple of num_heads 4"),
         ({"pattern": ()}, "pattern must name one or more of"),
-        ({"pattern": ("memory", "mamba")}, "got ('memory', 'mamba')"),
-        ({"window_size": 0}, "window_size must be at least 1, got 0"),
-        ({"num_persistent": -1}, "num_persistent must be at least 0, got -1"),
-        ({"head_dim": 7, "pattern": ("attention",)}, "rotary positions need an even head width, got 7"),
-        ({"rule": PLAIN, "gates": {"momentum": Gate()}}, "gates momentum are not read by this rule"),
+        ({"pattern": (MemoryConfig(), "mamba")}, "miras.preset(NAME, pattern=(...)) also takes their names"),
+        ({"head_dim": 7, "pattern": (AttentionConfig(),)}, "rotary positions need an even head width, got 7"),
+        ({"mlp": None, "intermediate_size": 8}, "and this model has mlp=None; leave out intermediate_size=8"),
     ):
         with refused(ValueError, message):
             ModelConfig(**changed)
-    assert ModelConfig(head_dim=7, pattern=("memory",)).width() == 7
+    assert ModelConfig(head_dim=7).width() == 7
+    for part, changed, message in (
+        (AttentionConfig, {"window_size": 0}, "window_size must be at least 1, got 0"),
+        (AttentionConfig, {"num_persistent": -1}, "num_persistent must be at least 0, got -1"),
+        (MACConfig, {"num_persistent": -1}, "num_persistent must be at least 0, got -1"),
+        (MemoryConfig, {"rule": PLAIN, "gates": {"momentum": Gate()}}, "gates momentum are not read by"),
+    ):
+        with refused(ValueError, message):
+            part(**changed)
 
 
 def test_a_model_refuses_what_does_not_fit():
-    config = ModelConfig(hidden_size=HIDDEN, num_hidden_layers=2, num_heads=HEADS, rule=RULE)
+    config = ModelConfig(
+        hidden_size=HIDDEN, num_hidden_layers=2, num_heads=HEADS, pattern=(MemoryConfig(rule=RULE),)
+    )
     model = LM(config)
     with refused(ValueError, "LM: tokens must be (B, T) int64, got torch.float32 (2, 3)"):
         model(torch.zeros(2, 3))
@@ -364,19 +382,22 @@ def test_a_model_refuses_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("layer", "options"),
+    "layer",
     [
-        (MemoryLayer, {}),
-        (AttentionLayer, {}),
-        (MemoryAsGate, {"rule": RULE}),
-        (MemoryAsLayer, {"rule": RULE}),
-        (MemoryAsContext, {"rule": RULE, "segment_size": 8}),
+        MemoryLayer,
+        AttentionLayer,
+        *(
+            lambda D, H, head_dim=None, kind=kind: kind().build(
+                Sizes(hidden_size=D, num_heads=H, head_dim=head_dim)
+            )
+            for kind in (MAGConfig, MALConfig, MACConfig)
+        ),
     ],
 )
-def test_heads_share_a_width_evenly_or_are_given_one(layer, options):
+def test_heads_share_a_width_evenly_or_are_given_one(layer):
     with pytest.raises(ValueError, match="hidden_size 100 is not a multiple of num_heads 3; change one of"):
-        layer(100, 3, **options)
-    y, _ = layer(10, 3, head_dim=4, **options)(torch.randn(1, 2, 10))
+        layer(100, 3)
+    y, _ = layer(10, 3, head_dim=4)(torch.randn(1, 2, 10))
     assert y.shape == (1, 2, 10)
 
 
@@ -387,7 +408,8 @@ def watched(pattern=("attention", "memory", "mag"), **changed):
     torch.manual_seed(0)
     gates = {"lr": Gate(scale=0.5, per_weight=True)}
     sizes = {"hidden_size": HIDDEN, "num_heads": HEADS, "num_hidden_layers": len(pattern), "window_size": 5}
-    return LM(ModelConfig(pattern=pattern, rule=RULE, gates=gates, **sizes, **changed)).double()
+    more = {"pattern": pattern, "rule": RULE, "gates": gates}
+    return LM(ModelConfig().changed(sizes | more | changed)).double()
 
 
 @torch.no_grad()
@@ -499,7 +521,7 @@ OTHERS = {
     ),
     "shorter window": (LAYERS["window"], lambda: AttentionLayer(HIDDEN, HEADS, window_size=4), "5 keys"),
     "all": (LAYERS["full"], lambda: AttentionLayer(HIDDEN, HEADS, head_dim=4, window_size=4), "26 keys"),
-    "segment": (LAYERS["mac"], lambda: MemoryAsContext(HIDDEN, HEADS, RULE, segment_size=16), "16 keys"),
+    "segment": (LAYERS["mac"], lambda: made(MACConfig(), segment_size=16), "16 keys"),
     "pool": (LAYERS["mac-pooled"], LAYERS["mac"], "the state is not one of this layer: tails"),
     "no pool": (LAYERS["mac"], LAYERS["mac-pooled"], "the state is not one of this layer: tails"),
 }

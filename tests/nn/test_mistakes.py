@@ -17,18 +17,20 @@ SIZES = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "chunk_size"
 IDS = torch.arange(9)[None]
 X = torch.randn(1, 9, 16)
 RULE = miras.Rule(miras.MLP(), chunk_size=4)
+MEMORY, ATTENTION = miras.MemoryConfig(rule=RULE), miras.AttentionConfig(window_size=8)
+TWO = miras.Sizes(hidden_size=16, num_heads=2)
 LAYERS: dict[str, Callable[..., Any]] = {
     "MemoryLayer": lambda: miras.MemoryLayer(16, 2, RULE),
     "AttentionLayer": lambda: miras.AttentionLayer(16, 2),
-    "MemoryAsContext": lambda: miras.MemoryAsContext(16, 2, RULE, segment_size=8),
-    "MemoryAsGate": lambda: miras.MemoryAsGate(16, 2, RULE, window_size=8),
-    "MemoryAsLayer": lambda: miras.MemoryAsLayer(16, 2, RULE, window_size=8),
+    "MemoryAsContext": lambda: miras.MACConfig(memory=MEMORY, segment_size=8).build(TWO),
+    "MemoryAsGate": lambda: miras.MAGConfig(memory=MEMORY, attention=ATTENTION).build(TWO),
+    "MemoryAsLayer": lambda: miras.MALConfig(memory=MEMORY, attention=ATTENTION).build(TWO),
 }
 
 
 def lm(name: str = "titans-mag", **sizes: Any) -> Any:
     torch.manual_seed(0)
-    return miras.LM(miras.preset(name, **(SIZES | sizes)))
+    return miras.LM(miras.preset(name).changed(SIZES | sizes))
 
 
 def refused(message: str) -> Any:

@@ -30,14 +30,15 @@ SIZES = {
     "segment_size": 8,
     "num_persistent": 3,
 }
+YAAD = preset("yaad").memories()[0]
 CASES = {
     # A rule of the single token is what its paper says; the others get more than a few chunks.
-    name: SIZES | {"chunk_size": min(SIZES["chunk_size"], preset(name).rule.chunk_size)}
+    name: SIZES | {"chunk_size": min(SIZES["chunk_size"], preset(name).stride())}
     for name in presets()
 } | {
     "transformer-full": SIZES | {"window_size": None},
     "titans-mac-pooled": SIZES | {"pool": 4},
-    "titans-mac-yaad": SIZES | {"rule": preset("yaad").rule, "gates": preset("yaad").gates, "chunk_size": 4},
+    "titans-mac-yaad": SIZES | {"rule": YAAD.rule, "gates": YAAD.gates, "chunk_size": 4},
 }
 
 
@@ -47,10 +48,10 @@ def named(name):
 
 
 def config(name, **changed):
-    return preset(named(name), **CASES[name] | changed)
+    return preset(named(name)).changed(CASES[name] | changed)
 
 
-MEMORIES = tuple(name for name in CASES if any(kind != "attention" for kind in config(name).pattern))
+MEMORIES = tuple(name for name in CASES if config(name).memories())
 
 
 def build(name, **changed):
@@ -213,10 +214,12 @@ def test_reading_without_writing(name):
         assert memories(warm)
         for old, new in zip(memories(warm), memories(after), strict=True):
             assert isinstance(new, State)
-            assert new.phase.tolist() == [(read + 14) % model.config.rule.chunk_size] * 2
+            assert new.phase.tolist() == [(read + 14) % model.config.memories()[0].rule.chunk_size] * 2
             for part in ("A", "S", "anchor"):
                 # A chunk that was open when writing ended closes at the weights of then.
-                expected = getattr(close_chunk(model.config.rule, old) if part == "anchor" else old, part)
+                expected = getattr(
+                    close_chunk(model.config.memories()[0].rule, old) if part == "anchor" else old, part
+                )
                 for n, x in getattr(new, part).items():
                     assert torch.equal(x, expected[n]), (part, n)
         for n, x in after.tensors().items():
@@ -304,7 +307,7 @@ def test_bytes_of_the_state(name):
 @torch.no_grad()
 def test_gates_keep_their_ranges(name):
     model = build(name)
-    rule = model.config.rule
+    rule = model.config.memories()[0].rule
     for part in model.modules():
         if not isinstance(part, Gates):
             continue

@@ -27,7 +27,7 @@ TOKENS = torch.randint(0, 17, (2, 40), generator=torch.Generator().manual_seed(0
 
 def build(name: str) -> LM:
     torch.manual_seed(0)
-    return LM(preset(name, **SIZES, **MODELS[name]))
+    return LM(preset(name).changed(SIZES | MODELS[name]))
 
 
 def broken(state: LMState) -> LMState:

@@ -56,7 +56,7 @@ def tiny(name, **overrides):
     """A preset's model, as small as it can be and still be whole."""
     torch.manual_seed(0)
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_heads": 2}
-    return LM(preset(name, **sizes, window_size=8, num_persistent=3, **overrides))
+    return LM(preset(name).changed(sizes | {"window_size": 8, "num_persistent": 3} | overrides))
 
 
 def streams(length=T):
@@ -101,7 +101,7 @@ def hardly_grows(found, factor):
 
 def train(model, steps=200):
     """The model after steps on two lanes of the novel, at least a chunk at a time, states carried."""
-    chunk_size = model.config.rule.chunk_size
+    chunk_size = model.config.memories()[0].stride()
     tokens = np.frombuffer(load_novel().train, np.uint8)
     task = TextTask(tokens, batch_size=2, seq_len=max(32, chunk_size), align=chunk_size, seed=0)
     losses = [metrics["loss"] for metrics in Run(model, task, Settings(steps=steps)).until(steps)]
@@ -116,12 +116,13 @@ def stays_finite(name, chunk_size, length):
     read(train(model), x)
 
 
-CHUNKED = [name for name in presets() if preset(name).rule.chunk_size > 1]
-EXACT = [name for name in presets() if preset(name).rule.chunk_size == 1]
+RULES = {name: preset(name).memories()[0].rule for name in presets() if preset(name).memories()}
+CHUNKED = [name for name, rule in RULES.items() if rule.chunk_size > 1]
+EXACT = [name for name, rule in RULES.items() if rule.chunk_size == 1]
 
 
 # Exact recurrences that correct an error must be bounded where they are given chunks; Hebbian ones grow in no way.
-CORRECTING = [name for name in EXACT if isinstance(preset(name).rule.bias, L2)]
+CORRECTING = [name for name in EXACT if isinstance(RULES[name].bias, L2)]
 
 
 @pytest.mark.parametrize("chunk_size", [16, 64])
@@ -142,10 +143,11 @@ def test_presets_at_the_extremes(name):
     if not any(isinstance(part, Gates) for part in model.modules()):
         return
     found = read(push(model), streams(2000))
-    if config.gates.get("forget", Gate()).follows or config.features.keys == "forget":
+    memory = config.memories()[0]
+    if memory.gates.get("forget", Gate()).follows or memory.features.keys == "forget":
         return  # what it forgets is tied to what it writes: both ends are an empty memory
     # What is only ever added grows with the number of tokens; a reflection (lr = 2) keeps all that it is given.
-    adds = isinstance(config.rule.bias, Dot) or config.rule.algorithm.steps > 1
+    adds = isinstance(memory.rule.bias, Dot) or memory.rule.algorithm.steps > 1
     hardly_grows(found, 2.1 if adds else 1.5)
 
 

@@ -18,7 +18,8 @@ from miras.core.rule import Rule
 from miras.nn.gates import Gate, Gates
 from miras.nn.memory import Features
 from miras.nn.mixer import Mixer
-from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from miras.nn.part import Sizes
+from miras.nn.titans import MACConfig, MAGConfig, MALConfig
 
 D, H, HEAD, CHUNK, SEGMENT, WINDOW, T = 12, 2, 6, 3, 6, 5, 23
 BOUND = 10.0
@@ -199,31 +200,32 @@ def mal(p: Parameters, names: list[str], x: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
+SIZES = Sizes(hidden_size=D, num_heads=H)
+WINDOWED = {"rule": RULE, "gates": GATES, "window_size": WINDOW, "num_persistent": 2}
+SEGMENTED = {"rule": RULE, "gates": GATES, "segment_size": SEGMENT, "num_persistent": 2}
 WIRINGS = {
     "mac": (
-        lambda: MemoryAsContext(D, H, RULE, gates=GATES, segment_size=SEGMENT, num_persistent=2),
+        lambda: MACConfig().changed(SEGMENTED).build(SIZES),
         lambda p, names, x: mac(p, names, x, 1),
     ),
     "mac-pooled": (
-        lambda: MemoryAsContext(D, H, RULE, gates=GATES, segment_size=SEGMENT, num_persistent=2, pool=3),
+        lambda: MACConfig().changed(SEGMENTED | {"pool": 3}).build(SIZES),
         lambda p, names, x: mac(p, names, x, 3),
     ),
     "mac-turned": (
-        lambda: MemoryAsContext(
-            D, H, RULE, gates=GATES, segment_size=SEGMENT, num_persistent=2, pool=2, features=TURNED
-        ),
+        lambda: MACConfig().changed(SEGMENTED | {"pool": 2, "features": TURNED}).build(SIZES),
         lambda p, names, x: mac(p, names, x, 2, turned=True),
     ),
     "mag": (
-        lambda: MemoryAsGate(D, H, RULE, gates=GATES, window_size=WINDOW, num_persistent=2),
+        lambda: MAGConfig().changed(WINDOWED).build(SIZES),
         lambda p, names, x: mag(p, names, x, silu),
     ),
     "mag-sigmoid": (
-        lambda: MemoryAsGate(D, H, RULE, gates=GATES, window_size=WINDOW, num_persistent=2, gate="sigmoid"),
+        lambda: MAGConfig().changed(WINDOWED | {"mag_gate": "sigmoid"}).build(SIZES),
         lambda p, names, x: mag(p, names, x, sigmoid),
     ),
     "mal": (
-        lambda: MemoryAsLayer(D, H, RULE, gates=GATES, window_size=WINDOW, num_persistent=2),
+        lambda: MALConfig().changed(WINDOWED).build(SIZES),
         lambda p, names, x: mal(p, names, x),
     ),
 }
@@ -299,4 +301,4 @@ def test_every_cut_of_segments(kind):
 )
 def test_segments_that_cannot_be(changed, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        MemoryAsContext(D, H, RULE, gates=GATES, **changed)
+        MACConfig().changed({"rule": RULE, "gates": GATES} | changed)

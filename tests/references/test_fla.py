@@ -81,7 +81,7 @@ def test_linear_attention(draw, agree):
         y, S = run(*map(time_first, (q, k, v)), scale=1.0, initial_state=A.float(), output_final_state=True)
         return {"y": time_first(y), "A": S}
 
-    rule, lr = preset("linear-attention").rule, torch.ones(2, 3, draw.T).double()
+    rule, lr = preset("linear-attention").memories()[0].rule, torch.ones(2, 3, draw.T).double()
     both(
         draw,
         agree,
@@ -96,7 +96,7 @@ def test_retnet(draw, agree):
     """The decay of every head is the reference's own: 1 - 2^(-5 - h), as the preset's fixed gate has it."""
     q, k, v = draw.tokens(draw.DK), draw.tokens(draw.DK), draw.tokens(draw.DV)
     config = preset("retnet")
-    gate = config.gates["forget"]
+    gate = config.memories()[0].gates["forget"]
     forget = LINKS[gate.link](torch.tensor(gate.first(draw.H)).double())
     gates = {"lr": torch.ones(2, 3, draw.T).double(), "forget": forget[:, None].expand(2, 3, draw.T)}
     zero = torch.zeros(2, 3, draw.DK, draw.DV).double()
@@ -106,7 +106,7 @@ def test_retnet(draw, agree):
         agree,
         "retnet",
         "naive_retention",
-        lambda: {"y": through(config.rule, q * draw.DK**-0.5, k, v, gates, zero)["y"]},
+        lambda: {"y": through(config.memories()[0].rule, q * draw.DK**-0.5, k, v, gates, zero)["y"]},
         lambda: {"y": run(q, k, v)},
     )
 
@@ -123,7 +123,7 @@ def test_mamba2(draw, agree, form):
         y, S = run(*given, scale=1.0, initial_state=A.float(), output_final_state=True)
         return {"y": time_first(y), "A": S}
 
-    rule = preset("mamba2").rule
+    rule = preset("mamba2").memories()[0].rule
     both(
         draw,
         agree,
@@ -148,7 +148,7 @@ def test_decay_by_key_channel(draw, agree, name):
         )
         return {"y": time_first(y), "A": S}
 
-    rule, lr = preset(name).rule, torch.ones(2, 3, draw.T).double()
+    rule, lr = preset(name).memories()[0].rule, torch.ones(2, 3, draw.T).double()
     gates = {"lr": lr, "forget": forget[..., None]}
     both(
         draw,
@@ -178,7 +178,7 @@ def test_delta_rule(draw, agree, name):
         agree,
         name,
         "delta_rule_recurrence",
-        lambda: through(preset(name).rule, q * draw.DK**-0.5, k, v, {"lr": lr}, A),
+        lambda: through(preset(name).memories()[0].rule, q * draw.DK**-0.5, k, v, {"lr": lr}, A),
         theirs,
     )
 
@@ -193,7 +193,7 @@ def test_gated_deltanet(draw, agree):
         y, S = run(*given, scale=1.0, initial_state=A.float(), output_final_state=True)
         return {"y": time_first(y), "A": S}
 
-    rule = preset("gated-deltanet").rule
+    rule = preset("gated-deltanet").memories()[0].rule
     both(
         draw,
         agree,
@@ -215,7 +215,7 @@ def test_gated_deltanet_by_key_channel(draw, agree):
         y, S = run(*given, scale=1.0, initial_state=A.float(), output_final_state=True)
         return {"y": time_first(y), "A": S}
 
-    rule, gates = preset("gated-deltanet").rule, {"lr": lr, "forget": forget[..., None]}
+    rule, gates = preset("gated-deltanet").memories()[0].rule, {"lr": lr, "forget": forget[..., None]}
     both(
         draw,
         agree,
@@ -247,7 +247,7 @@ def test_deltaproduct(draw, agree):
         )
         return {"y": time_first(y), "A": S}
 
-    rule = preset("deltaproduct").rule
+    rule = preset("deltaproduct").memories()[0].rule
     both(
         draw,
         agree,
@@ -318,7 +318,7 @@ def test_ttt_linear(draw, agree):
     It reads z + LN(z) with z = q W + b, the paper q + LN(z): reads are made here from our states, token by token.
     """
     D, T, C = draw.DK, 48, 16
-    rule = preset("ttt-linear", algorithm=GradientDescent()).rule
+    rule = preset("ttt-linear", algorithm=GradientDescent()).memories()[0].rule
     q, k, v = (draw.tokens(D)[:, :, :T] for _ in range(3))
     lr = draw.gate(high=0.2)[:, :, :T:C].repeat_interleave(C, 2)
     A = {"w1": draw.normal(2, 3, D, D, scale=0.5), "b1": draw.normal(2, 3, 1, D)}

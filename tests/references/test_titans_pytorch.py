@@ -110,7 +110,7 @@ def test_the_chunked_rule(titans, agree, name: str, size: int):
             gates["momentum"] = theirs.to_momentum(x).sigmoid()[0, ..., 0]
         q, k, v = torch.randn(2, T, D).double(), theirs.to_keys(x), theirs.to_values(x)
 
-    memory = preset(name).rule.memory
+    memory = preset(name).memories()[0].rule.memory
     made = theirs.memory_model
     A = {n: p.detach().expand(2, 1, *p.shape) for n, p in made.named_parameters()}
     outer = {n: getattr(made, n)[None] for n in memory.outer(D, D)}

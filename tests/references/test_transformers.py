@@ -25,7 +25,7 @@ def test_gated_deltanet(draw, agree, form):
     """Qwen3-Next's: q is always multiplied by d_key^-1/2, k is of length 1 here already."""
     q, k, v, A = draw.tokens(draw.DK), draw.keys(draw.DK), draw.tokens(draw.DV), draw.normal(2, 3, 8, 6)
     lr, forget = draw.gate(), draw.gate(high=0.5)
-    rule = preset("gated-deltanet").rule
+    rule = preset("gated-deltanet").memories()[0].rule
     y, state = scan(rule, init_state(rule, {"w": A}), q * draw.DK**-0.5, k, v, {"lr": lr, "forget": forget})
     given = (x.float().transpose(1, 2) for x in (q, k, v, (1 - forget).log(), lr))
     run = inspect.unwrap(getattr(modeling_qwen3_next, form))
@@ -38,7 +38,7 @@ def test_gated_deltanet_by_key_channel(draw, agree):
     """Kimi Linear's: the rule of gated-deltanet with `forget` by input channel."""
     q, k, v, A = draw.tokens(draw.DK), draw.keys(draw.DK), draw.tokens(draw.DV), draw.normal(2, 3, 8, 6)
     lr, forget = draw.gate(), draw.gate(draw.DK, high=0.5)
-    rule, gates = preset("gated-deltanet").rule, {"lr": lr, "forget": forget[..., None]}
+    rule, gates = preset("gated-deltanet").memories()[0].rule, {"lr": lr, "forget": forget[..., None]}
     y, state = scan(rule, init_state(rule, {"w": A}), q * draw.DK**-0.5, k, v, gates)
     given = (x.float().transpose(1, 2) for x in (q, k, v, (1 - forget).log(), lr))
     run = inspect.unwrap(modeling_kimi_linear.recurrent_kimi_delta_attention)
@@ -52,7 +52,7 @@ def test_mamba2(draw, agree):
     q, k, v = draw.tokens(draw.DK), draw.tokens(draw.DK), draw.tokens(draw.DV)
     A, z, rate = draw.normal(2, 3, 8, 6), draw.tokens(), torch.tensor([1.0, 4.0, 16.0]).double()
     dt = torch.nn.functional.softplus(z)
-    rule, gates = preset("mamba2").rule, {"lr": dt, "forget": -torch.expm1(-rate[:, None] * dt)}
+    rule, gates = preset("mamba2").memories()[0].rule, {"lr": dt, "forget": -torch.expm1(-rate[:, None] * dt)}
     y, state = scan(rule, init_state(rule, {"w": A}), q, k, v, gates)
     x, dt, B, C = (x.float().transpose(1, 2) for x in (v, z, k, q))
     theirs, last = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)(
@@ -77,7 +77,7 @@ def test_mlstm(draw, agree):
     """
     q, k, v = draw.tokens(draw.DK), draw.tokens(draw.DK), draw.tokens(draw.DV)
     i, f = draw.tokens(), draw.normal(2, 3, draw.T, scale=2.0) + 3
-    rule, gates = preset("mlstm").rule, {"lr": i.exp(), "forget": torch.sigmoid(-f)}
+    rule, gates = preset("mlstm").memories()[0].rule, {"lr": i.exp(), "forget": torch.sigmoid(-f)}
     begun = init_state(rule, {"w": torch.zeros(2, 3, draw.DK, draw.DV + 1).double()})
     y, state = scan(rule, begun, q * draw.DK**-0.5, k, torch.cat([v, torch.ones_like(v[..., :1])], -1), gates)
     y = y[..., :-1] / y[..., -1:].abs().clamp_min(1)

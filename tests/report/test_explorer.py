@@ -44,7 +44,7 @@ NASTY = (
 def build(name: str = "titans-mag", seed: int = 0, **options: Any) -> LM:
     window = {"window_size": 16, "num_persistent": 4} if name == "titans-mag" else {}
     torch.manual_seed(seed)
-    return LM(preset(name, **(SIZES | window | options)))
+    return LM(preset(name).changed(SIZES | window | options))
 
 
 def page_of(watched: Watched, *, thin: bool = True) -> str:

@@ -22,7 +22,7 @@ def tiny() -> Callable[..., LM]:
 
     def make(name: str = "titans-mag", seed: int = 0, **options: object) -> LM:
         torch.manual_seed(seed)
-        return LM(preset(name, **(SIZES | OWN.get(name, WINDOWED) | options)))  # pyright: ignore
+        return LM(preset(name).changed(SIZES | OWN.get(name, WINDOWED) | options))  # pyright: ignore
 
     return make
 

@@ -37,7 +37,7 @@ def test_default_gates_of_the_exact_recurrences(name):
 @torch.inference_mode()
 def test_300_000_tokens_of_text_are_finite(name):
     torch.manual_seed(0)
-    model = LM(preset(name, **SIZES))
+    model = LM(preset(name).changed(SIZES))
     text = np.frombuffer(load_novel().train[:300_000], np.uint8).astype(np.int64)
     state = None
     for piece in torch.from_numpy(text)[None].split(4096, 1):

@@ -21,7 +21,7 @@ def tiny() -> Callable[..., LM]:
     def make(name: str = "titans-mag", seed: int = 0, **options: object) -> LM:
         torch.manual_seed(seed)
         window = {} if name == "titans-lmm" else {"window_size": 16, "num_persistent": 4}
-        return LM(preset(name, **(SIZES | window | options)))  # pyright: ignore
+        return LM(preset(name).changed(SIZES | window | options))  # pyright: ignore
 
     return make
 

@@ -262,7 +262,7 @@ def test_a_run_from_a_model_resumes_with_and_without_it(tmp_path, with_model):
     rest = begin if with_model else sizes
     assert train(options(tmp_path / "parts", steps=6, resume=True, **rest)) == 0
     a, b = (load_model(tmp_path / name / "model") for name in ("whole", "parts"))
-    assert a.config == b.config and a.config.rule.chunk_size == 8
+    assert a.config == b.config and a.config.memories()[0].stride() == 8
     assert all(torch.equal(x, b.state_dict()[n]) for n, x in a.state_dict().items())
     # What a resumed run saves still knows the model that it began with.
     assert train(options(tmp_path / "parts", steps=8, resume=True, **sizes)) == 0

@@ -18,6 +18,7 @@ import torch
 from miras.core.bias import Bias
 from miras.data.needle import Curriculum, NeedleTask
 from miras.data.tokens import ByteTokenizer, FileTokenizer
+from miras.nn.attention import AttentionConfig
 from miras.nn.folder import load_model, save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
@@ -248,7 +249,7 @@ class Halved(Bias):
 
 
 def test_a_model_that_names_code_is_trained_and_resumed_only_with_trust(tmp_path):
-    save_model(LM(preset("yaad", bias=Halved(), **SMALL)), tmp_path / "model")
+    save_model(LM(preset("yaad", bias=Halved()).changed(SMALL)), tmp_path / "model")
     begin = {"model": tmp_path / "model", "steps": 2, **dict.fromkeys(SMALL)}
     with pytest.raises(ValueError, match="--trust-remote-code"):
         train(options(tmp_path / "run", **begin))
@@ -259,7 +260,7 @@ def test_a_model_that_names_code_is_trained_and_resumed_only_with_trust(tmp_path
         train(options(tmp_path / "run", **rest))
     assert train(options(tmp_path / "run", **rest, trust_remote_code=True)) == 0
     trained = load_model(tmp_path / "run" / "model", trust_remote_code=True)
-    assert trained.config.rule.bias == Halved()
+    assert trained.config.memories()[0].rule.bias == Halved()
 
 
 def test_a_run_is_resumed_without_saying_again_what_it_is(tmp_path):
@@ -431,7 +432,7 @@ def test_the_twin_has_the_same_size_and_no_memory():
     config = preset("titans-mag", vocab_size=256, hidden_size=64, window_size=8, num_persistent=2)
     count = lambda c: LM(c).num_parameters()  # noqa: E731
     twin = attention_twin(config)
-    assert set(twin.pattern) == {"attention"} and twin.window_size == 8
+    assert twin.pattern == (AttentionConfig(window_size=8, num_persistent=2),)
     assert count(twin) == pytest.approx(count(config), rel=0.01)
 
 

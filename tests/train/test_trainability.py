@@ -19,7 +19,7 @@ from miras.zoo import preset, presets
 FOUND: dict[str, Any] = json.loads(Path(__file__).with_name("trainability.json").read_text())
 SIZES = CHECK_SIZES | {"hidden_size": 32}
 TRAINING: dict[str, Any] = {"steps": 60, "batch_size": 1, "seq_len": 512}
-REMEMBERING = [name for name in presets() if any(mixer != "attention" for mixer in preset(name).pattern)]
+REMEMBERING = [name for name in presets() if preset(name).memories()]
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_bounds_are_the_worst_of_the_seeds_plus_two_percent_and_near_the_referen
         assert len(found["ratios"]) == len(found["largest_norms"]) == seeds
         assert found["bound"] == pytest.approx(1.02 * max(found["ratios"]), abs=2e-4)
         assert max(found["largest_norms"]) <= LARGEST_NORM
-        assert max(found["ratios"]) <= (near if preset(name).conv_size else far)
+        assert max(found["ratios"]) <= (near if preset(name).memories()[0].conv_size else far)
 
 
 @pytest.mark.parametrize("name", ["titans-lmm", "titans-mag"])

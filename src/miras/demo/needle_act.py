@@ -99,7 +99,7 @@ def needle_act(
         weights=RETRAINED if retrained else SHIPPED,
         others=other_texts(rows),
         needle_position=place,
-        twin_window=models["twin"].config.window_size,
+        twin_window=models["twin"].config.pattern[0].sees()["window_size"],
         accuracy=shipped_accuracy(rows),
         process_memory=[curves["memory"]],
         write_rate=[curves["lr"]],

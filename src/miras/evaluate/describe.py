@@ -23,7 +23,8 @@ from miras.core.rule import Rule
 from miras.nn.config import AXES, ModelConfig
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
-from miras.nn.memory import DEFAULT_GATES, Features
+from miras.nn.memory import MemoryConfig, memories_in
+from miras.nn.part import MixerConfig
 from miras.zoo import SOURCES, preset, presets
 
 
@@ -79,24 +80,32 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     with torch.device("meta"):
         model = LM(config)
         state = model.state_bytes()
-    names = [config.mixer(layer) for layer in range(config.num_hidden_layers)]
-    attends = any(name != "memory" for name in names)
-    slides = any(name in ("attention", "mag", "mal") for name in names)
-    writes = any(name != "attention" for name in names)
+    kinds = [each for i, each in enumerate(config.pattern) if each not in config.pattern[:i]]
     return {
-        "layers": names,
-        "memory": choices(config.rule) if writes else None,
-        "equations": equations(config.rule) if writes else None,
-        "gates": gates(config) if writes else None,
-        "features": dataclasses.asdict(config.features) if writes else None,
-        "window_size": config.window_size if slides else None,
-        "segment_size": config.segment_size if "mac" in names else None,
-        "num_persistent": config.num_persistent if attends else 0,
+        "layers": [each.name for each in config.mixers()],
+        "mixers": [mixer(each, config.num_heads) for each in kinds],
         "parameters": model.num_parameters(),
         "state_bytes": state,
         "state_grows": config.grows(),
         "flops_per_token": model.flops_per_token(),
         "config": config.to_dict(),
+    }
+
+
+def mixer(config: MixerConfig, num_heads: int) -> dict[str, Any]:
+    """A mixer of the pattern: its sizes in words, and what it remembers with."""
+    return {
+        "name": config.name,
+        "words": config.words(),
+        "memories": [
+            {
+                "choices": choices(each.rule),
+                "equations": equations(each.rule),
+                "features": features(each),
+                "gates": gates(each, num_heads),
+            }
+            for each in memories_in(config)
+        ],
     }
 
 
@@ -155,17 +164,17 @@ def equations(rule: Rule) -> list[str]:
     ]
 
 
-def gates(config: ModelConfig) -> dict[str, dict[str, Any]]:
+def gates(memory: MemoryConfig, num_heads: int) -> dict[str, dict[str, Any]]:
     """How each gate that the rule reads is made from a layer's input x, and the largest it can be."""
-    made = DEFAULT_GATES | dict(config.gates)
+    made, rule = memory.made(), memory.rule
     shown: dict[str, dict[str, Any]] = {}
-    own = [name for name in config.gates if "." in name]
-    for name in (*config.rule.gates(), *own):
+    own = [name for name in memory.gates if "." in name]
+    for name in (*rule.gates(), *own):
         gate = made[name]
         factor = 1.0
-        if name.split(".")[0] == "lr" and config.rule.algorithm.momentum:
-            factor = 1 - made["momentum"].largest(config.num_heads)
-        largest = gate.largest(config.num_heads) * factor
+        if name.split(".")[0] == "lr" and rule.algorithm.momentum:
+            factor = 1 - made["momentum"].largest(num_heads)
+        largest = gate.largest(num_heads) * factor
         shown[name] = {
             "formula": f"{gate.scale * factor:.4g} {gate.link}({_inside(gate)})",
             "initial_bias": gate.bias,
@@ -192,9 +201,9 @@ def _per(gate: Gate) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
-def features(config: ModelConfig) -> str:
+def features(config: MemoryConfig) -> str:
     """How queries, keys and values are made, in words."""
-    f: Features = config.features
+    f = config.features
     words = ["linear", *(["convolution"] * (config.conv_size > 0))]
     made = [*words, f.activation, *(["length 1"] * f.normalize), *(["rotary"] * f.rotary)]
     keys = {"projected": "", "forget": "; k = forget", "query": "; k = q"}[f.keys]
@@ -208,18 +217,14 @@ def design_space() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name in presets():
         config = preset(name)
-        row: dict[str, Any] = {"preset": name, "layers": " + ".join(config.pattern)}
-        if all(kind == "attention" for kind in config.pattern):
-            rows.append(
-                row | {axis: "" for axis in (*AXES, "gates")} | {"chunk": None, "source": SOURCES[name]}
-            )
-            continue
-        row |= {axis: _short(getattr(config.rule, axis)) for axis in AXES}
-        made = DEFAULT_GATES | dict(config.gates)
-        shown = [_named(gate, made[gate]) for gate in config.rule.gates()]
-        rows.append(
-            row | {"gates": ", ".join(shown), "chunk": config.rule.chunk_size, "source": SOURCES[name]}
-        )
+        row: dict[str, Any] = {"preset": name, "layers": " + ".join(each.name for each in config.pattern)}
+        row |= {axis: "" for axis in (*AXES, "gates")} | {"chunk": None, "source": SOURCES[name]}
+        for memory in config.memories():
+            row |= {axis: _short(getattr(memory.rule, axis)) for axis in AXES}
+            made = memory.made()
+            row["gates"] = ", ".join(_named(gate, made[gate]) for gate in memory.rule.gates())
+            row["chunk"] = memory.rule.chunk_size
+        rows.append(row)
     return rows
 
 

@@ -1,13 +1,12 @@
 """The config of a model as `transformers` keeps one."""
 
-import dataclasses
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from transformers import PreTrainedConfig
 
-from miras.nn.config import ModelConfig
+from miras.nn.config import KNOWN, ModelConfig
 from miras.nn.folder import AUTO_MAP, CODE, MODEL_TYPE, OF_TRANSFORMERS
 from miras.store.checksums import CHECKSUMS
 from miras.store.files import write_atomically
@@ -41,7 +40,8 @@ class MirasConfig(PreTrainedConfig):
                 f"MirasConfig: unknown fields {', '.join(unknown)}; known are {', '.join(_NAMES)} and those of "
                 f"transformers; a newer miras may know more"
             )
-        for name, value in (ModelConfig().to_dict() | given).items():
+        usual = {} if given.get("format_version") == 1 else ModelConfig().to_dict()
+        for name, value in (usual | given).items():
             setattr(self, name, value)
         super().__post_init__(**kwargs)
         self._trusted = False  # whatever a file says
@@ -87,6 +87,6 @@ class MirasConfig(PreTrainedConfig):
         """Nothing: every saved config names its classes, and their source stays in the package."""
 
 
-_NAMES = ("format_version", *(f.name for f in dataclasses.fields(ModelConfig)))
+_NAMES = ("format_version", *KNOWN)
 _OPTIONS = {"num_labels", "attn_implementation", "experts_implementation", "quantization_config"}
 """What `transformers` takes beside the fields that it writes."""

@@ -1,13 +1,70 @@
 """Attention as a layer, over a sliding window or over everything, with persistent tokens."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from miras.engine.plan import Plan
 from miras.layers.attention import Window, attention, init_window
-from miras.nn.mixer import Mixer, head_width, heads, merge
+from miras.nn.mixer import Mixer, heads, merge
+from miras.nn.part import MixerConfig, Sizes, check_sizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Multi-head causal attention with rotary positions: an `AttentionLayer`.
+
+    window_size: tokens of a sliding window, None for full attention; num_persistent: learned keys and values per head
+    that every token sees.
+    """
+
+    name: ClassVar[str] = "attention"
+
+    window_size: int | None = None
+    num_persistent: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sizes(self, window_size=1, num_persistent=0)
+
+    def build(self, sizes: Sizes) -> "AttentionLayer":
+        head_dim, theta = sizes.head_dim, sizes.rope_theta
+        return AttentionLayer(
+            sizes.hidden_size, sizes.num_heads, head_dim=head_dim, rope_theta=theta, **vars(self)
+        )
+
+    def reading_flops(self, sizes: Sizes) -> int:
+        """Those of an `AttentionReader`: a window of w tokens costs 4 w D per head, over the 2 w keys of a block.
+
+        The cache of full attention is left out.
+        """
+        inside = sizes.num_heads * sizes.width()
+        keys = 2 * (self.window_size or 0) + self.num_persistent
+        return 3 * 2 * sizes.hidden_size * inside + 4 * inside * keys
+
+    def flops(self, sizes: Sizes) -> int:
+        return self.reading_flops(sizes) + 2 * sizes.num_heads * sizes.width() * sizes.hidden_size
+
+    def grows(self) -> bool:
+        return self.window_size is None
+
+    def refusal(self, sizes: Sizes) -> str | None:
+        return rotary_refusal(sizes)
+
+    def words(self) -> list[str]:
+        window = "everything" if self.window_size is None else f"{self.window_size:,} tokens"
+        return [f"attention over {window}, {self.num_persistent} persistent tokens"]
+
+    def sees(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def rotary_refusal(sizes: Sizes) -> str | None:
+    """Why heads of these sizes cannot be rotated, or None."""
+    width = sizes.width()
+    return f"rotary positions need an even head width, got {width}" if width % 2 else None
 
 
 class AttentionReader(Mixer):
@@ -17,30 +74,19 @@ class AttentionReader(Mixer):
     token and have no position (Titans 4, eq. 19). `keys_per_token` 2: every token brings one more into its context.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        head_dim: int,
-        window_size: int | None,
-        num_persistent: int,
-        rope_theta: float,
-        keys_per_token: int = 1,
-    ) -> None:
+    def __init__(self, sizes: Sizes, config: AttentionConfig, keys_per_token: int = 1) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        if window_size is not None and window_size < 1:
-            raise ValueError(
-                f"AttentionReader: window_size must be at least 1, or None for all; got {window_size}"
-            )
-        self.num_heads, self.head_dim, self.keys_per_token = num_heads, head_dim, keys_per_token
-        self.window_size, self.rope_theta = window_size, rope_theta
-        self.q, self.k, self.v = (nn.Linear(hidden_size, num_heads * head_dim, bias=False) for _ in range(3))
+        self.hidden_size = hidden_size = sizes.hidden_size
+        self.num_heads, self.head_dim, self.keys_per_token = sizes.num_heads, sizes.width(), keys_per_token
+        self.window_size, self.rope_theta = config.window_size, sizes.rope_theta
+        self.q, self.k, self.v = (
+            nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=False) for _ in range(3)
+        )
         for linear in (self.q, self.k, self.v):
             nn.init.normal_(linear.weight, std=hidden_size**-0.5)
         self.persistent: nn.Parameter | None = None
-        if num_persistent:
-            self.persistent = nn.Parameter(torch.randn(2, num_heads, num_persistent, head_dim))
+        if n := config.num_persistent:
+            self.persistent = nn.Parameter(torch.randn(2, self.num_heads, n, self.head_dim))
 
     def initial(self, rows: int, like: Tensor) -> Window:
         size = None if self.window_size is None else self.window_size * self.keys_per_token
@@ -109,12 +155,11 @@ class AttentionLayer(Mixer):
         rope_theta: float = 10_000.0,
     ) -> None:
         super().__init__()
+        sizes = Sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, rope_theta=rope_theta)
+        config = AttentionConfig(window_size=window_size, num_persistent=num_persistent)
         self.hidden_size = hidden_size
-        head_dim = head_width(self, hidden_size, num_heads, head_dim)
-        self.reader = AttentionReader(
-            hidden_size, num_heads, head_dim, window_size, num_persistent, rope_theta
-        )
-        self.out = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.reader = AttentionReader(sizes, config)
+        self.out = nn.Linear(num_heads * sizes.width(), hidden_size, bias=False)
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
 
     def initial(self, rows: int, like: Tensor) -> Window:

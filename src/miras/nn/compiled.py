@@ -59,7 +59,7 @@ class Compiled:
     def _is_own(self, state: LMState) -> bool:
         """Whether the graph made this state and can take it; at chunks of one some tensors are in it twice."""
         own = self._made is not None and self._made() is state.layers[0]
-        return own and self.model.config.rule.chunk_size > 1
+        return own and all(memory.stride() > 1 for memory in self.model.config.memories())
 
     def _fitting(self, tokens: Tensor, state: LMState) -> list[int] | None:
         """Where the rows stand, if this call is one for the graph."""

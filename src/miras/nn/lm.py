@@ -5,19 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miras.core.observe import watching
 from miras.core.state import Record, misfit
 from miras.engine.plan import Plan, plan
-from miras.nn.attention import AttentionLayer
 from miras.nn.config import ModelConfig
-from miras.nn.gates import gate_outputs
-from miras.nn.memory import DEFAULT_GATES, MemoryLayer
-from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
-from miras.nn.titans import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 
 
 @dataclass(frozen=True)
@@ -54,73 +48,27 @@ def _counts(tokens: list[int]) -> str:
     return f"{min(tokens):,} to {max(tokens):,}" if tokens else "no"
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
-        for linear in (self.gate, self.up, self.down):
-            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x))."""
+    """x += mixer(norm(x)); x += mlp(norm(x)), without the second where the config has no MLP."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mixer = build_mixer(config, config.mixer(number))
-        self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.inner())
+        self.mixer = config.mixer(number).build(config)
+        self.mlp = None
+        if config.mlp is not None:
+            self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+            self.mlp = config.mlp.build(config)
         self.name = f"layers.{number}"
 
     def forward(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
         y, state = self.mixer.mix(self.mixer_norm(x), state, plan.watched(self.name))
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state
 
-
-def build_mixer(config: ModelConfig, name: str) -> Mixer:
-    """The mixer that a config's pattern names."""
-    sizes: dict[str, Any] = {
-        "hidden_size": config.hidden_size,
-        "num_heads": config.num_heads,
-        "head_dim": config.head_dim,
-    }
-    attend: dict[str, Any] = {
-        "window_size": config.window_size,
-        "num_persistent": config.num_persistent,
-        "rope_theta": config.rope_theta,
-    }
-    memory: dict[str, Any] = {
-        "rule": config.rule,
-        "gates": config.gates,
-        "conv_size": config.conv_size,
-        "initial_scale": config.initial_scale,
-        "features": config.features,
-        "norm_eps": config.norm_eps,
-    }
-    builders: dict[str, Any] = {
-        "attention": lambda: AttentionLayer(**sizes, **attend),
-        "memory": lambda: MemoryLayer(**sizes, **memory, rope_theta=config.rope_theta),
-        "mac": lambda: MemoryAsContext(
-            **sizes,
-            **memory,
-            segment_size=config.segment_size,
-            pool=config.pool,
-            num_persistent=config.num_persistent,
-            rope_theta=config.rope_theta,
-        ),
-        "mag": lambda: MemoryAsGate(**sizes, **attend, **memory, gate=config.mag_gate),
-        "mal": lambda: MemoryAsLayer(**sizes, **attend, **memory),
-    }
-    return builders[name]()
+    def outputs(self) -> list[Tensor]:
+        """The weights of the linear maps whose results are added to the residual stream."""
+        return [*self.mixer.outputs(), *([] if self.mlp is None else [self.mlp.get_parameter("down.weight")])]
 
 
 class Reader(nn.Module):
@@ -252,9 +200,9 @@ class Stack(Reader):
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         nn.init.normal_(self.embed_tokens.weight, std=config.hidden_size**-0.5)
         # Residual branches add up; scaled so that the sum over the depth has the variance of one of them.
-        for name, weight in self.layers.named_parameters():
-            if name.endswith(("mixer.out.weight", "mixer.attention.out.weight", "mlp.down.weight")):
-                with torch.no_grad():
+        with torch.no_grad():
+            for block in self.layers:
+                for weight in block.outputs():  # pyright: ignore
                     weight /= (2 * config.num_hidden_layers) ** 0.5
 
     forward = Reader.read
@@ -333,7 +281,7 @@ class LM(nn.Module):
 
     def flops_per_token(self) -> int:
         """Multiply-adds of one token's forward pass, times two; full attention counted without its cache."""
-        return flops_per_token(self.config)
+        return self.config.flops_per_token()
 
 
 def instead_of(model: Any) -> str:
@@ -342,49 +290,3 @@ def instead_of(model: Any) -> str:
         return f"; load the folder first: miras.load_model({str(model)!r})"
     of_transformers = isinstance(getattr(model, "model", None), Reader)
     return "; model.lm() is that of a transformers model" if of_transformers else ""
-
-
-def flops_per_token(config: ModelConfig) -> int:
-    """Floating point operations of one token's forward pass, from the sizes: 2 per multiply-add of a matrix.
-
-    A memory's weight (d_in, d_out) is passed at the key, backwards from its output unless it is the first, at
-    the query for A and S, and twice by the update; in a chunk of C tokens every token meets C others on average
-    in two more products (C d_in and C d_out). Where a map, or gates by channel with momentum, have the weights formed
-    for every token, it is passed at the key, backwards and at the query, and once by the rank-one update. All that is
-    times the steps of a token. A window of w tokens costs 4 w D per head, over the keys that a block reads (2 w);
-    a segment read whole has two keys for each of its tokens.
-    """
-    D, H, width = config.hidden_size, config.num_heads, config.width()
-    rule, features = config.rule, config.features
-    n, momentum = rule.algorithm.steps, rule.algorithm.momentum
-    C = 1 if rule.chunk_size == 1 else rule.chunk_size * n
-    total = 2 * D * config.vocab_size
-    held = width + features.normalizer
-    weights = list(rule.memory.shapes(width, held).values())
-    outputs = gate_outputs(rule, DEFAULT_GATES | dict(config.gates), width, held)
-    memory = 2 * D * H * width * (2 + n * (1 + (features.keys == "projected")))
-    for _, gate, size, channels in outputs:
-        if gate.source == "token" and gate.follows is None:
-            low = gate.rank if channels else 0
-            memory += 2 * D * low + 2 * low * H * size if low else 2 * D * H * size
-    formed = momentum and any(o.channels for o in outputs if o.name.split(".")[0] not in rule.bias.gates)
-    formed = formed or not (rule.retention.direct and rule.algorithm.direct) or rule.memory.elementwise
-    for i, (d_in, d_out) in enumerate(weights):
-        passes = 1 + (i > 0) + (2 if formed else (1 + momentum) * 2)
-        memory += n * 2 * H * (passes * d_in * d_out + (0 if formed else C * (d_in + d_out)))
-    attend = 3 * 2 * D * H * width + 4 * H * width * (2 * (config.window_size or 0) + config.num_persistent)
-    out = 2 * H * width * D
-    # The memory tokens' query and read, and keys and values made from them.
-    recall = 2 * H * (D * width + sum(d_in * d_out for d_in, d_out in weights)) + 2 * 2 * D * H * width
-    segment = 3 * 2 * D * H * width + 4 * H * width * (2 * config.segment_size + config.num_persistent)
-    for i in range(config.num_hidden_layers):
-        kind = config.mixer(i)
-        total += 6 * D * config.inner()
-        total += {
-            "attention": attend + out,
-            "memory": memory + out,
-            "mac": segment + recall + memory - 2 * D * H * width + 3 * out + 2 * D * D,
-            "mag": attend + memory - 2 * D * H * width + out,
-            "mal": memory + out + attend + out,
-        }[kind]
-    return total

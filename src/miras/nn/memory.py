@@ -1,8 +1,10 @@
 """The memory as a layer: project, gate, scan, normalise, gate, project."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from miras.core.activation import silu
 from miras.core.algorithm import GradientDescent
+from miras.core.bias import L2
 from miras.core.check import check, place
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.retention import Decay, FDivergence, LqNorm, Retention, Simplex
@@ -20,9 +23,20 @@ from miras.engine import prepare, run
 from miras.engine.decode import compiles
 from miras.engine.plan import Plan
 from miras.layers.attention import rotate
-from miras.nn.gates import Gate, Gates, Precise, precise, unread, without_autocast
-from miras.nn.mixer import Mixer, Projection, head_width, heads, merge
+from miras.nn.attention import rotary_refusal
+from miras.nn.gates import (
+    Gate,
+    Gates,
+    Precise,
+    forget_refusal,
+    gate_outputs,
+    precise,
+    unread,
+    without_autocast,
+)
+from miras.nn.mixer import Mixer, Projection, heads, merge
 from miras.nn.norm import RMSNorm, unit
+from miras.nn.part import MixerConfig, Sizes, check_sizes
 
 
 @dataclass(frozen=True)
@@ -99,10 +113,10 @@ class Features(Typed):
                     f"Features: unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
                 )
 
-    def refusal(self, rule: Rule, gates: Mapping[str, Gate], head_dim: int) -> str | None:
-        """Why these features have no meaning for a memory with that rule, gates and key width, or None."""
-        if self.rotary and head_dim % 2:
-            return f"rotary positions need an even head width, got {head_dim}"
+    def refusal(self, rule: Rule, gates: Mapping[str, Gate], sizes: Sizes) -> str | None:
+        """Why these features have no meaning for a memory with that rule, gates and sizes, or None."""
+        if self.rotary and (reason := rotary_refusal(sizes)):
+            return reason
         if rule.algorithm.steps > 1 and (self.rotary or self.keys != "projected"):
             return "with several steps per token each has a key of its own: keys='projected', rotary=False"
         if self.keys == "forget":
@@ -114,8 +128,115 @@ class Features(Typed):
         return None
 
 
-TITANS_FEATURES = Features()
-"""Titans' queries, keys and values: SiLU behind the convolutions, q and k of length 1."""
+RULE_PARTS = tuple(f.name for f in dataclasses.fields(Rule))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig(MixerConfig):
+    """A memory as a sequence layer: a `MemoryLayer`.
+
+    rule: its four choices, whose fields (memory, bias, retention, algorithm, chunk_size) `changed` takes too; gates:
+    how its gates are made where that differs from `DEFAULT_GATES`, by name, or by name.weight for one weight of the
+    memory; conv_size: taps behind its projections, 0 for none; initial_scale: deviation of the initial memory times
+    sqrt(d_in); features: how queries, keys and values are made. Raises ValueError for gates that the rule does not
+    read.
+    """
+
+    name: ClassVar[str] = "memory"
+
+    rule: Rule = TITANS_RULE
+    gates: Mapping[str, Gate] = field(default_factory=dict[str, Gate])
+    conv_size: int = 4
+    initial_scale: float = 1.0
+    features: Features = Features()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.rule, Rule) or not isinstance(self.gates, Mapping):  # pyright: ignore
+            raise ValueError(
+                f"MemoryConfig: rule must be a Rule(...) and gates a mapping from names to Gate(...), got "
+                f"{self.rule!r} and {self.gates!r}"
+            )
+        check_sizes(self, conv_size=0, initial_scale=0)
+        check_sizes(self.rule, chunk_size=1)
+        if reason := unread(self.rule, self.gates) or forget_refusal(self.rule, self.gates):
+            raise ValueError(f"MemoryConfig: {reason}")
+
+    def build(self, sizes: Sizes) -> "MemoryLayer":
+        return MemoryLayer(
+            sizes.hidden_size,
+            sizes.num_heads,
+            head_dim=sizes.head_dim,
+            rope_theta=sizes.rope_theta,
+            norm_eps=sizes.norm_eps,
+            **vars(self),
+        )
+
+    def made(self) -> dict[str, Gate]:
+        """Every gate, by name."""
+        return DEFAULT_GATES | dict(self.gates)
+
+    def stride(self) -> int:
+        return self.rule.chunk_size
+
+    def refusal(self, sizes: Sizes) -> str | None:
+        reason = self.features.refusal(self.rule, self.made(), sizes)
+        return f"{self.features} has no meaning here: {reason}" if reason else None
+
+    def names(self) -> set[str]:
+        return {*vars(self), *RULE_PARTS}
+
+    def changed(self, values: Mapping[str, Any], like: Sequence[MixerConfig] = ()) -> Self:
+        """As of any mixer; `gates` change those that they name, and those that the new rule lacks are left out.
+
+        An exact rule that corrects an error (chunk_size 1, L2) and is given chunks takes their step bound with them,
+        or one key repeated through a chunk would make it diverge; an `algorithm` of one's own is taken as it is.
+        """
+        rule = values.get("rule", self.rule)
+        rule = dataclasses.replace(rule, **{n: values[n] for n in RULE_PARTS if n in values})
+        gates = values.get("gates", {})
+        exact = self.stride() == 1 and isinstance(rule.bias, L2) and not rule.algorithm.step_bound
+        if exact and rule.chunk_size > 1 and not values.keys() & {"rule", "algorithm"}:
+            largest = (self.made() | gates)["lr"].largest(1)
+            bound = 1 / largest if 1 < largest < math.inf else 1.0
+            rule = dataclasses.replace(rule, algorithm=dataclasses.replace(rule.algorithm, step_bound=bound))
+        gates = {n: gate for n, gate in self.gates.items() if not unread(rule, {n: gate})} | gates
+        own = {n: values[n] for n in vars(self) if n in values}
+        return dataclasses.replace(self, **own | {"rule": rule, "gates": gates})
+
+    def reading_flops(self, sizes: Sizes) -> int:
+        """Those of a `MemoryReader`.
+
+        A memory's weight (d_in, d_out) is passed at the key, backwards from its output unless it is the first, at
+        the query for A and S, and twice by the update; in a chunk of C tokens every token meets C others on average
+        in two more products (C d_in and C d_out). Where a map, or gates by channel with momentum, have the weights
+        formed for every token, it is passed at the key, backwards and at the query, and once by the rank-one update.
+        All that is times the steps of a token.
+        """
+        D, H, width, rule = sizes.hidden_size, sizes.num_heads, sizes.width(), self.rule
+        n, momentum = rule.algorithm.steps, rule.algorithm.momentum
+        C = 1 if rule.chunk_size == 1 else rule.chunk_size * n
+        held = width + self.features.normalizer
+        outputs = gate_outputs(rule, self.made(), width, held)
+        total = 2 * D * H * width * (1 + n * (1 + (self.features.keys == "projected")))
+        for _, gate, size, channels in outputs:
+            if gate.source == "token" and gate.follows is None:
+                low = gate.rank if channels else 0
+                total += 2 * D * low + 2 * low * H * size if low else 2 * D * H * size
+        formed = momentum and any(o.channels for o in outputs if o.name.split(".")[0] not in rule.bias.gates)
+        formed = formed or not (rule.retention.direct and rule.algorithm.direct) or rule.memory.elementwise
+        for i, (d_in, d_out) in enumerate(rule.memory.shapes(width, held).values()):
+            passes = 1 + (i > 0) + (2 if formed else (1 + momentum) * 2)
+            total += n * 2 * H * (passes * d_in * d_out + (0 if formed else C * (d_in + d_out)))
+        return total
+
+    def flops(self, sizes: Sizes) -> int:
+        return self.reading_flops(sizes) + 2 * 2 * sizes.num_heads * sizes.width() * sizes.hidden_size
+
+
+def memories_in(mixer: MixerConfig) -> list[MemoryConfig]:
+    """The memories that a mixer has, in the order of its fields."""
+    return [part for part in mixer.walk() if isinstance(part, MemoryConfig)]
 
 
 class InitialMemory(Precise):
@@ -166,52 +287,35 @@ class OuterParameters(Precise):
         return {name: getattr(self, name) for name in self.names}
 
 
-class MemoryOptions(TypedDict, total=False):
-    """What every layer with a memory lets its user choose of the memory's reader, beside rule and widths."""
-
-    gates: Mapping[str, Gate] | None
-    conv_size: int
-    initial_scale: float
-    features: Features
-
-
 class MemoryReader(Mixer):
     """From x (B, T, hidden) to what the memory answers, (B, T, H * Dv): papers 1.4 up to the read.
 
     q, k: linear, convolution, SiLU, l2 norm; v: linear, convolution, SiLU, unless `features` say otherwise; gates:
     linear and link. With several steps per token k and v have that many parts. The scan runs in fp32 whatever x is.
-    Arguments as those of `MemoryLayer`.
+    value_dim: the width of a head's value, that of its key if not given.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        rule: Rule,
-        *,
-        gates: Mapping[str, Gate] | None = None,
-        head_dim: int,
-        value_dim: int,
-        conv_size: int = 4,
-        initial_scale: float = 1.0,
-        features: Features = TITANS_FEATURES,
-        rope_theta: float = 10_000.0,
-    ) -> None:
+    def __init__(self, sizes: Sizes, config: MemoryConfig, value_dim: int | None = None) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        if reason := unread(rule, gates or {}):
+        self.hidden_size = hidden_size = sizes.hidden_size
+        if reason := config.refusal(sizes):
             raise ValueError(f"MemoryReader: {reason}")
-        gates = DEFAULT_GATES | dict(gates or {})
-        if reason := features.refusal(rule, gates, head_dim):
-            raise ValueError(f"MemoryReader: {features} has no meaning here: {reason}")
+        rule, features, conv_size, num_heads = config.rule, config.features, config.conv_size, sizes.num_heads
+        head_dim = sizes.width()
+        value_dim = head_dim if value_dim is None else value_dim
         held = value_dim + features.normalizer
         shapes = rule.memory.shapes(head_dim, held)
-        if initial_scale == 0 and sum(d_in > 1 for d_in, _ in shapes.values()) > 1:
+        if config.initial_scale == 0 and sum(d_in > 1 for d_in, _ in shapes.values()) > 1:
             raise ValueError(
                 f"MemoryReader: initial_scale=0 leaves a memory of {len(shapes)} weights where no gradient can move "
                 f"it; give a positive initial_scale"
             )
-        self.rule, self.num_heads, self.features, self.rope_theta = rule, num_heads, features, rope_theta
+        self.rule, self.num_heads, self.features, self.rope_theta = (
+            rule,
+            num_heads,
+            features,
+            sizes.rope_theta,
+        )
         steps, activation = rule.algorithm.steps, ACTIVATIONS[features.activation]
         self.q = Projection(hidden_size, num_heads * head_dim, conv_size, activation)
         if features.keys == "projected":
@@ -220,8 +324,8 @@ class MemoryReader(Mixer):
             hidden_size, num_heads * steps * value_dim, conv_size, ACTIVATIONS[features.values]
         )
         self.paths = ("q", "k", "v") if features.keys == "projected" else ("q", "v")
-        self.gates = Gates(hidden_size, num_heads, rule, gates, head_dim, held)
-        self.A0 = InitialMemory(shapes, num_heads, initial_scale)
+        self.gates = Gates(hidden_size, num_heads, rule, config.made(), head_dim, held)
+        self.A0 = InitialMemory(shapes, num_heads, config.initial_scale)
         self.outer = OuterParameters(rule.memory, num_heads, head_dim, held)
         for name in self.paths:
             getattr(self, name).reset_parameters()
@@ -329,14 +433,21 @@ def places(start: Tensor, plan: Plan, T: int) -> tuple[Tensor, Tree]:
     return at, {"next": torch.where(plan.length > 0, last + 1, start)}
 
 
+class MemoryOptions(TypedDict, total=False):
+    """The fields of a `MemoryConfig` beside its rule."""
+
+    gates: Mapping[str, Gate]
+    conv_size: int
+    initial_scale: float
+    features: Features
+
+
 class MemoryLayer(Mixer):
     """A memory as a drop-in sequence layer (Titans' LMM): out(norm(read) * silu(gate(x))).
 
-    hidden_size, num_heads; `rule` the four choices; `gates` how the gates that the rule reads are made;
-    `head_dim` the key width (default hidden_size / num_heads), `value_dim` the value width (default head_dim);
-    `conv_size` taps of the convolutions behind the projections, 0 for none; `initial_scale` the deviation of
-    the initial memory times sqrt(d_in); `features` how queries and keys are made, `rope_theta` the base of their
-    rotary positions where they have them.
+    hidden_size, num_heads; `rule` the four choices; `head_dim` the key width (default hidden_size / num_heads),
+    `value_dim` the value width (default head_dim); `rope_theta` the base of rotary positions where `features` have
+    them; gates, conv_size, initial_scale and features as those of `MemoryConfig`.
     """
 
     def __init__(
@@ -345,31 +456,17 @@ class MemoryLayer(Mixer):
         num_heads: int,
         rule: Rule = TITANS_RULE,
         *,
-        gates: Mapping[str, Gate] | None = None,
         head_dim: int | None = None,
         value_dim: int | None = None,
-        conv_size: int = 4,
-        initial_scale: float = 1.0,
-        features: Features = TITANS_FEATURES,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
+        **memory: Unpack[MemoryOptions],
     ) -> None:
         super().__init__()
+        sizes = Sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, rope_theta=rope_theta)
         self.hidden_size = hidden_size
-        head_dim = head_width(self, hidden_size, num_heads, head_dim)
-        value_dim = head_dim if value_dim is None else value_dim
-        self.reader = MemoryReader(
-            hidden_size,
-            num_heads,
-            rule,
-            gates=gates,
-            head_dim=head_dim,
-            value_dim=value_dim,
-            conv_size=conv_size,
-            initial_scale=initial_scale,
-            features=features,
-            rope_theta=rope_theta,
-        )
+        self.reader = MemoryReader(sizes, MemoryConfig(rule=rule, **memory), value_dim)
+        value_dim = sizes.width() if value_dim is None else value_dim
         self.norm = RMSNorm(value_dim, eps=norm_eps)
         self.gate = nn.Linear(hidden_size, num_heads * value_dim, bias=False)
         self.out = nn.Linear(num_heads * value_dim, hidden_size, bias=False)

@@ -16,10 +16,12 @@ from miras.layers.conv import conv
 class Mixer(nn.Module, ABC):
     """Mixes x (B, T, hidden) along T, carrying a state that is a value.
 
-    A subclass gives `initial` and `mix`, and may define `hidden_size`; `forward` is the same for all.
+    A subclass gives `initial` and `mix`, and may define `hidden_size`; `forward` is the same for all. `out` is the
+    linear map whose result is added to the residual stream, or `outputs` says what is.
     """
 
     hidden_size: int | None = None
+    out: nn.Linear
 
     @abstractmethod
     def initial(self, rows: int, like: Tensor) -> Any:
@@ -28,6 +30,10 @@ class Mixer(nn.Module, ABC):
     @abstractmethod
     def mix(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
         """x (B, T, hidden) with its rows filled from the front -> (y, state)."""
+
+    def outputs(self) -> list[Tensor]:
+        """The weights of the linear maps whose results are added to the residual stream."""
+        return [self.out.weight]
 
     def place(self, state: Any) -> list[int]:
         """How many tokens of each row's open chunk or segment the state has read.
@@ -136,16 +142,6 @@ class Projection(nn.Module):
         if taps is not None:
             y, tail = conv(y, tail.to(y.dtype), taps.to(y.dtype), length=plan.length, reset=plan.reset)
         return self.activation(y), tail
-
-
-def head_width(layer: nn.Module, hidden_size: int, num_heads: int, head_dim: int | None) -> int:
-    """head_dim, or an equal share of hidden_size for each head. Raises ValueError where there is none."""
-    if head_dim is None and hidden_size % num_heads:
-        raise ValueError(
-            f"{type(layer).__name__}: hidden_size {hidden_size} is not a multiple of num_heads {num_heads}; change "
-            f"one of them or give head_dim"
-        )
-    return hidden_size // num_heads if head_dim is None else head_dim
 
 
 def heads(x: Tensor, num_heads: int) -> Tensor:

@@ -1,22 +1,22 @@
 """Titans' ways to wire a memory to attention: as context, as gate, as layer (Titans 4, eq. 21 to 31)."""
 
 from dataclasses import dataclass, replace
-from typing import Unpack
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.core.rule import Rule, init_state
+from miras.core.rule import init_state
 from miras.core.state import Record, Tree, choose, known
 from miras.engine.plan import Part, Plan, joined
 from miras.layers.attention import Window
 from miras.layers.conv import conv
-from miras.nn.attention import AttentionLayer, AttentionReader
-from miras.nn.config import segment_refusal
-from miras.nn.memory import MemoryLayer, MemoryOptions, MemoryReader, MemoryState
-from miras.nn.mixer import Mixer, head_width
+from miras.nn.attention import AttentionConfig, AttentionReader, rotary_refusal
+from miras.nn.memory import MemoryConfig, MemoryReader, MemoryState
+from miras.nn.mixer import Mixer
 from miras.nn.norm import RMSNorm
+from miras.nn.part import MixerConfig, Sizes, check_sizes
 
 
 @dataclass(frozen=True)
@@ -27,46 +27,50 @@ class WiredState(Record):
     memory: MemoryState
 
 
+MAG_GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
+"""What memory as gate may apply to its normed read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAGConfig(MixerConfig):
+    """Memory as gate: a `MemoryAsGate`. mag_gate: "silu" or "sigmoid", which Titans 4.2 leaves open."""
+
+    name: ClassVar[str] = "mag"
+
+    attention: AttentionConfig = AttentionConfig()
+    memory: MemoryConfig = MemoryConfig()
+    mag_gate: str = "silu"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mag_gate not in MAG_GATES:
+            raise ValueError(
+                f"MAGConfig: mag_gate must be one of {', '.join(MAG_GATES)}, got {self.mag_gate!r}"
+            )
+
+    def build(self, sizes: Sizes) -> "MemoryAsGate":
+        return MemoryAsGate(sizes, self)
+
+    def flops(self, sizes: Sizes) -> int:
+        out = 2 * sizes.num_heads * sizes.width() * sizes.hidden_size
+        return self.attention.reading_flops(sizes) + self.memory.reading_flops(sizes) + out
+
+
 class MemoryAsGate(Mixer):
     """MAG: sliding-window attention and a memory side by side, o = out(norm_a(y) * gate(norm_b(m))).
 
-    y = attention(x), m = memory(x) (Titans eq. 26 to 28), `gate` "silu" or "sigmoid". Both read the same x;
+    y = attention(x), m = memory(x) (Titans eq. 26 to 28), `gate` the config's `mag_gate`. Both read the same x;
     persistent tokens are seen by the attention only.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        rule: Rule,
-        *,
-        head_dim: int | None = None,
-        window_size: int | None = None,
-        num_persistent: int = 0,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-6,
-        gate: str = "silu",
-        **memory: Unpack[MemoryOptions],
-    ) -> None:
+    def __init__(self, sizes: Sizes, config: MAGConfig) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        head_dim = head_width(self, hidden_size, num_heads, head_dim)
-        width = num_heads * head_dim
-        self.attention = AttentionReader(
-            hidden_size, num_heads, head_dim, window_size, num_persistent, rope_theta
-        )
-        self.memory = MemoryReader(
-            hidden_size,
-            num_heads,
-            rule,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            rope_theta=rope_theta,
-            **memory,
-        )
-        self.norm_a = RMSNorm(width, eps=norm_eps)
-        self.norm_b = RMSNorm(width, eps=norm_eps)
-        self.activation = {"silu": F.silu, "sigmoid": torch.sigmoid}[gate]
+        self.hidden_size = hidden_size = sizes.hidden_size
+        width, eps = sizes.num_heads * sizes.width(), sizes.norm_eps
+        self.attention = AttentionReader(sizes, config.attention)
+        self.memory = MemoryReader(sizes, config.memory)
+        self.norm_a, self.norm_b = RMSNorm(width, eps=eps), RMSNorm(width, eps=eps)
+        self.activation = MAG_GATES[config.mag_gate]
         self.out = nn.Linear(width, hidden_size, bias=False)
         nn.init.normal_(self.out.weight, std=self.out.in_features**-0.5)
 
@@ -88,45 +92,37 @@ class MemoryAsGate(Mixer):
         return self.out(self.norm_a(y) * self.activation(self.norm_b(m))), WiredState(window, memory)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MALConfig(MixerConfig):
+    """Memory as layer, below an attention: a `MemoryAsLayer`."""
+
+    name: ClassVar[str] = "mal"
+
+    attention: AttentionConfig = AttentionConfig()
+    memory: MemoryConfig = MemoryConfig()
+
+    def build(self, sizes: Sizes) -> "MemoryAsLayer":
+        return MemoryAsLayer(sizes, self)
+
+    def flops(self, sizes: Sizes) -> int:
+        return self.memory.flops(sizes) + self.attention.flops(sizes)
+
+
 class MemoryAsLayer(Mixer):
     """MAL: a memory layer, and sliding-window attention over what it gives, o = attention(norm(memory(x))).
 
     Titans eq. 29 to 31; the norm between the two is ours. Persistent tokens are seen by the attention only.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        rule: Rule,
-        *,
-        head_dim: int | None = None,
-        window_size: int | None = None,
-        num_persistent: int = 0,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-6,
-        **memory: Unpack[MemoryOptions],
-    ) -> None:
+    def __init__(self, sizes: Sizes, config: MALConfig) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        self.memory = MemoryLayer(
-            hidden_size,
-            num_heads,
-            rule,
-            head_dim=head_dim,
-            rope_theta=rope_theta,
-            norm_eps=norm_eps,
-            **memory,
-        )
-        self.norm = RMSNorm(hidden_size, eps=norm_eps)
-        self.attention = AttentionLayer(
-            hidden_size,
-            num_heads,
-            head_dim=head_dim,
-            window_size=window_size,
-            num_persistent=num_persistent,
-            rope_theta=rope_theta,
-        )
+        self.hidden_size = sizes.hidden_size
+        self.memory = config.memory.build(sizes)
+        self.norm = RMSNorm(sizes.hidden_size, eps=sizes.norm_eps)
+        self.attention = config.attention.build(sizes)
+
+    def outputs(self) -> list[Tensor]:
+        return self.attention.outputs()
 
     def initial(self, rows: int, like: Tensor) -> WiredState:
         return WiredState(self.attention.initial(rows, like), self.memory.initial(rows, like))
@@ -161,6 +157,67 @@ class ContextState(Record):
     tails: Tree
 
 
+@dataclass(frozen=True, kw_only=True)
+class MACConfig(MixerConfig):
+    """Memory as context: a `MemoryAsContext`.
+
+    segment_size: tokens of a segment, a multiple of the memory's chunk_size; pool: tokens of a segment that share one
+    memory token; num_persistent: learned keys and values per head that every token sees. Raises ValueError unless
+    chunks and pools divide the segment.
+    """
+
+    name: ClassVar[str] = "mac"
+
+    memory: MemoryConfig = MemoryConfig()
+    segment_size: int = 512
+    pool: int = 1
+    num_persistent: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chunk_size = self.memory.rule.chunk_size
+        if self.segment_size < 1 or self.segment_size % chunk_size:
+            raise ValueError(
+                f"MACConfig: segment_size must be a multiple of chunk_size {chunk_size}, got {self.segment_size}; a "
+                f"segment reads the memory as it stands where a chunk ends"
+            )
+        if self.pool < 1 or self.segment_size % self.pool:
+            raise ValueError(f"MACConfig: pool must divide segment_size {self.segment_size}, got {self.pool}")
+        check_sizes(self, num_persistent=0, segment_size=1)
+
+    def build(self, sizes: Sizes) -> "MemoryAsContext":
+        return MemoryAsContext(sizes, self)
+
+    def attention(self) -> AttentionConfig:
+        """That inside a segment."""
+        return AttentionConfig(window_size=self.segment_size, num_persistent=self.num_persistent)
+
+    def stride(self) -> int:
+        return self.segment_size
+
+    def refusal(self, sizes: Sizes) -> str | None:
+        return rotary_refusal(sizes) or super().refusal(sizes)
+
+    def words(self) -> list[str]:
+        return [
+            f"attention inside segments of {self.segment_size:,} tokens and their memory tokens, "
+            f"{self.num_persistent} persistent tokens"
+        ]
+
+    def sees(self) -> dict[str, Any]:
+        return self.attention().sees()
+
+    def flops(self, sizes: Sizes) -> int:
+        """A segment read whole has two keys for each of its tokens."""
+        D, H, width = sizes.hidden_size, sizes.num_heads, sizes.width()
+        out = 2 * H * width * D
+        # The memory tokens' query and read, and keys and values made from them.
+        shapes = self.memory.rule.memory.shapes(width, width + self.memory.features.normalizer)
+        recall = 2 * H * (D * width + sum(d_in * d_out for d_in, d_out in shapes.values())) + 2 * out
+        inner = self.attention().reading_flops(sizes) + self.memory.reading_flops(sizes)
+        return inner + recall + 3 * out + 2 * D * D
+
+
 class MemoryAsContext(Mixer):
     """MAC: attention inside a segment that also sees what the memory knew before it (Titans eq. 21 to 25).
 
@@ -174,46 +231,18 @@ class MemoryAsContext(Mixer):
 
     h_i has the rotary position of x_i. One W_Q serves both reads; each has its own convolution tail. With
     `pool` p > 1 there is one memory token for p tokens, its query the mean of theirs, seen from the last of them on.
-    Raises ValueError unless chunks and pools divide the segment.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        rule: Rule,
-        *,
-        segment_size: int,
-        head_dim: int | None = None,
-        num_persistent: int = 0,
-        pool: int = 1,
-        rope_theta: float = 10_000.0,
-        norm_eps: float = 1e-6,
-        **memory: Unpack[MemoryOptions],
-    ) -> None:
+    def __init__(self, sizes: Sizes, config: MACConfig) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
-        if reason := segment_refusal(segment_size, rule.chunk_size, pool):
-            raise ValueError(f"MemoryAsContext: {reason}")
-        head_dim = head_width(self, hidden_size, num_heads, head_dim)
-        width = num_heads * head_dim
-        self.segment_size, self.pool = segment_size, pool
-        self.attention = AttentionReader(
-            hidden_size, num_heads, head_dim, segment_size, num_persistent, rope_theta, keys_per_token=2
-        )
-        self.memory = MemoryReader(
-            hidden_size,
-            num_heads,
-            rule,
-            head_dim=head_dim,
-            value_dim=head_dim,
-            rope_theta=rope_theta,
-            **memory,
-        )
+        self.hidden_size = hidden_size = sizes.hidden_size
+        width, eps = sizes.num_heads * sizes.width(), sizes.norm_eps
+        self.segment_size, self.pool = config.segment_size, config.pool
+        self.attention = AttentionReader(sizes, config.attention(), keys_per_token=2)
+        self.memory = MemoryReader(sizes, config.memory)
         self.read = nn.Linear(width, hidden_size, bias=False)
         self.attended = nn.Linear(width, hidden_size, bias=False)
-        self.norm_context = RMSNorm(hidden_size, eps=norm_eps)
-        self.norm_gate = RMSNorm(hidden_size, eps=norm_eps)
+        self.norm_context, self.norm_gate = RMSNorm(hidden_size, eps=eps), RMSNorm(hidden_size, eps=eps)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         for linear in (self.read, self.attended, self.out):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)

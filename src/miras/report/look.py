@@ -76,7 +76,7 @@ def described(model: LM) -> str:
     """The model in a few words."""
     config = model.config
     return (
-        f"{config.num_hidden_layers} layers of {' and '.join(dict.fromkeys(config.pattern))}, "
+        f"{config.num_hidden_layers} layers of {' and '.join(dict.fromkeys(each.name for each in config.pattern))}, "
         f"{model.num_parameters():,} parameters, {model_hash(model)[:12]}"
     )
 

@@ -10,6 +10,7 @@ from miras.core.observe import Observation
 from miras.data.text import NUL
 from miras.data.tokens import Tokenizer
 from miras.nn.lm import LM, LMState
+from miras.nn.memory import memories_in
 from miras.nn.reading import Spelling
 from miras.report.explorer import Watched
 from miras.stream.run import read
@@ -53,7 +54,7 @@ def watch(
 def check_layers(model: LM, layers: Sequence[int]) -> None:
     """Raise ValueError when one of the layers has no memory to look at."""
     config = model.config
-    there = [n for n in range(config.num_hidden_layers) if config.mixer(n) != "attention"]
+    there = [n for n, mixer in enumerate(config.mixers()) if memories_in(mixer)]
     if wrong := [n for n in layers if n not in there]:
         having = (
             f"those with a memory are {', '.join(map(str, there))}" if there else "the model has no memory"

@@ -135,7 +135,8 @@ def restored(model: LM, rows: int, tensors: Mapping[str, Tensor], path: Path) ->
 def summary(model: LM) -> str:
     """A model in a few words."""
     config = model.config
-    return f"{' '.join(config.pattern)}, hidden {config.hidden_size}, layers {config.num_hidden_layers}"
+    mixers = " ".join(each.name for each in config.pattern)
+    return f"{mixers}, hidden {config.hidden_size}, layers {config.num_hidden_layers}"
 
 
 def now() -> str:

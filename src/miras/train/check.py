@@ -21,7 +21,7 @@ from miras.engine import scan
 from miras.nn.config import ModelConfig
 from miras.nn.gates import LINKS
 from miras.nn.lm import LM
-from miras.nn.memory import DEFAULT_GATES, InitialMemory, OuterParameters
+from miras.nn.memory import InitialMemory, OuterParameters
 from miras.train.loop import NonFiniteError, Run
 from miras.train.options import CHECK_SIZES, Settings
 from miras.train.tasks import TextTask
@@ -165,8 +165,8 @@ def check_training(
     embedded novel, as bytes. reference: train Gated DeltaNet of equal size on the same tokens. Deterministic for one
     number of threads. Raises ValueError for what cannot be trained, or has no memory.
     """
-    config = preset(model, **CHECK_SIZES) if isinstance(model, str) else model
-    if all(config.mixer(i) == "attention" for i in range(config.num_hidden_layers)):
+    config = preset(model).changed(CHECK_SIZES) if isinstance(model, str) else model
+    if not config.memories():
         raise ValueError("check_training: the model has no memory; its layers are attention alone")
     if steps < 20:
         raise ValueError(f"check_training: takes at least 20 steps, ten of them to begin with; got {steps}")
@@ -341,7 +341,7 @@ def _problems(check: TrainingCheck) -> Any:
                 "scale), or leave out the memory's norm",
             )
     if check.reference is not None:
-        near = NEAR[check.config.conv_size > 0]
+        near = NEAR[check.config.memories()[0].conv_size > 0]
         if not check.last <= near * check.reference:
             yield Problem(
                 f"{check.last:.3f} bits per byte where Gated DeltaNet of equal size has {check.reference:.3f} "
@@ -360,23 +360,24 @@ def written_once(
     gate gives, forget and the bias's gates are at their first values, and there is no momentum and no step bound. A
     key is answered when what is read is nearer to its own value than to the others. The mean of `draws` memories.
     """
-    rule = config.rule
-    lr = config.gates.get("lr", DEFAULT_GATES["lr"]).largest(1)
+    memory = config.memories()[0]
+    rule, made = memory.rule, memory.made()
+    lr = made["lr"].largest(1)
     if not math.isfinite(lr):
         raise ValueError("written_once: the lr gate has no largest value; give it a link that has one")
     if type(rule.algorithm) is GradientDescent:
         algorithm = dataclasses.replace(rule.algorithm, momentum=False, step_bound=0.0)
         rule = dataclasses.replace(rule, algorithm=algorithm)
     torch.manual_seed(seed)
-    made = [InitialMemory(rule.memory.shapes(width, width), 1, config.initial_scale) for _ in range(draws)]
-    for each in made:
+    fresh = [InitialMemory(rule.memory.shapes(width, width), 1, memory.initial_scale) for _ in range(draws)]
+    for each in fresh:
         each.reset_parameters(rule.retention)
-    A_0 = {name: torch.cat([each(1)[name] for each in made]) for name in made[0](1)}
+    A_0 = {name: torch.cat([each(1)[name] for each in fresh]) for name in fresh[0](1)}
     k, v = (F.normalize(torch.randn(draws, 1, pairs, width), dim=-1) for _ in range(2))
     gates = {"lr": torch.full((draws, 1, 2 * pairs), lr)}
     for name in rule.gates():
         if name not in ("lr", "momentum"):
-            gate = (DEFAULT_GATES | dict(config.gates))[name]
+            gate = made[name]
             first = gate.scale * float(LINKS[gate.link](torch.tensor(gate.bias)))
             gates[name] = torch.full((draws, 1, 2 * pairs), first)
     outer = OuterParameters(rule.memory, 1, width, width)

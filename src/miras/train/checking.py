@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from miras.data.text import read_documents
-from miras.nn.config import ModelConfig, unread_sizes
+from miras.nn.config import ModelConfig
 from miras.nn.folder import read_config
 from miras.nn.threads import check_seed, set_threads
 from miras.store.files import check_place, write_atomically
@@ -60,7 +60,7 @@ def check(options: CheckOptions) -> int:
 def _config(options: CheckOptions) -> ModelConfig:
     """The model to train: a preset, small unless sizes say otherwise, or a folder's."""
     if options.model in presets():
-        config = preset(options.model, **CHECK_SIZES)
+        config = preset(options.model).changed(CHECK_SIZES)
     elif Path(options.model).exists():
         config = read_config(Path(options.model), trust_remote_code=options.trust_remote_code)
     else:
@@ -76,8 +76,6 @@ def _config(options: CheckOptions) -> ModelConfig:
     )
     given: dict[str, Any] = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
-    if reason := unread_sizes(config.pattern, given):
-        raise ValueError(f"{options.model}: {reason}")
     return override(config, **given)
 
 

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from miras.data.novel import load_novel
 from miras.data.tokens import Tokenizer, load_tokenizer, prepare
-from miras.nn.config import ModelConfig, unread_sizes
+from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
 from miras.nn.threads import check_seed, set_threads
@@ -249,10 +249,7 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
             )
         return config
     if options.model is None:
-        config = preset(options.preset, vocab_size=vocab_size, **changes)
-        if reason := unread_sizes(config.pattern, changes):
-            raise ValueError(f"--preset {options.preset}: {reason}")
-        return config
+        return preset(options.preset, vocab_size=vocab_size, **changes)
     config = read_config(options.model, trust_remote_code=options.trust_remote_code)
     if changes or config.vocab_size != vocab_size:
         raise ValueError(
