@@ -31,9 +31,9 @@ def met(name: str) -> list[tuple[Block, tuple[Any, ...], dict[str, Any]]]:
     config = preset(name)
     sizes = SIZES | {
         "num_hidden_layers": len(config.pattern),
-        "chunk_size": min(4, config.rule.chunk_size),
+        "chunk_size": min(4, config.stride()),
     }
-    model = LM(preset(name, **sizes)).double()
+    model = LM(config.changed(sizes)).double()
     calls: list[tuple[Block, tuple[Any, ...], dict[str, Any]]] = []
     for block in model.model.layers:
         assert isinstance(block, Block)
