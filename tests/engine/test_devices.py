@@ -1,8 +1,12 @@
-"""A model's blocks run where their tensors are: all below the call is made in place.
+"""A model's blocks run where their tensors are: below the call no number goes to the host, and all is made in place.
 
-On meta, which every machine has, a tensor of another device shows at once.
+Three devices that every machine has: the CPU, watched for reads by the host; meta, where a tensor of another device
+shows at once; and one that is no processor's, whose tensors are fake, for what an accelerator would refuse.
 """
 
+import json
+import subprocess
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -143,6 +147,45 @@ class Watch(TorchDispatchMode):
         return "\n".join(f"  {place} x {count}" for place, count in self.found.items())
 
 
+class Reads(Watch):
+    """Finds what the host reads: numbers, and shapes that depend on numbers; and the numbers that it sends."""
+
+    def seen(self, func: Any, args: Any, out: Any) -> str | None:
+        tags = func.tags
+        by_number = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
+        if "aten::index" in func.name():  # by places, or by a mask whose number of them is not known
+            leaves = tree_leaves(args[1])
+            by_number = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in leaves)
+        sent = (
+            func is torch.ops.aten.lift_fresh.default
+        )  # what `torch.tensor` has made of a number of the host
+        return str(func) if by_number or sent else None
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """A watch that also sees the reads of a CPU tensor that are no operation."""
+    watch = Reads()
+    for name in ("tolist", "numpy", "__array__", "cpu"):
+        whole = getattr(Tensor, name)
+
+        def noted(self: Tensor, *args: Any, name: str = name, whole: Any = whole, **kwargs: Any) -> Any:
+            watch.note(name)
+            return whole(self, *args, **kwargs)
+
+        monkeypatch.setattr(Tensor, name, noted)
+    return watch
+
+
+@every
+def test_no_number_is_read_below_the_call(name: str, reads: Reads) -> None:
+    torch.manual_seed(0)
+    model = LM(CASES[name])
+    for kind in CALLS:
+        reads.run(kind, model)
+    assert not reads.found, f"the host reads numbers of tensors below the model's call:\n{reads.told()}"
+
+
 class Elsewhere(Watch):
     """Finds tensors that are made on another device than meta."""
 
@@ -160,3 +203,49 @@ def test_all_is_made_where_the_inputs_are(name: str) -> None:
         watch.run(kind, model)
     assert not watch.found, f"not everything below the model's call is on meta:\n{watch.told()}"
     assert all(p.grad is not None and p.grad.is_meta for p in model.parameters())
+
+
+def on_another_device() -> dict[str, str]:
+    """Of every case, what goes wrong in training on a device that is neither CPU nor meta, or "".
+
+    Its tensors have a device and no numbers, as tensors of a GPU have for a host that must not wait for them.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend("elsewhere")
+    found: dict[str, str] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # the parameters, which begin on meta
+    for name, config in CASES.items():
+        with torch.device("meta"):
+            model = LM(config)
+        with mode:
+            torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor` copies from the CPU
+            model.to_empty(device="elsewhere")
+            try:
+                logits, state = model(text(2, 8, "elsewhere"))
+                (logits.sum() + sum(x.sum() for x in state.tensors().values())).backward()
+                devices = {x.device.type for x in (logits, *(p.grad for p in model.parameters()))}
+                found[name] = "" if devices == {"elsewhere"} else f"results are on {devices}"
+            except Exception as error:
+                found[name] = (
+                    f"{our(traceback.extract_tb(error.__traceback__))}: {type(error).__name__}: {error}"
+                )
+    return found
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, str]:
+    """`on_another_device` of a process of its own: a device is registered for good, and torch may abort."""
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@every
+def test_training_on_another_device(name: str, told: dict[str, str]) -> None:
+    assert told[name] == ""
+
+
+if __name__ == "__main__":
+    print(json.dumps(on_another_device()))

@@ -56,8 +56,8 @@ class _GeluBackward(torch.autograd.Function):
 
 def gelu_bend(x: Tensor) -> Tensor:
     """gelu'' = (2 - x^2) phi(x), phi the density of the normal distribution."""
-    bell = torch.addcmul(x.new_tensor(-0.5 * math.log(2 * math.pi)), x, x, value=-0.5).exp_()
-    return torch.addcmul(x.new_tensor(2.0), x, x, value=-1).mul_(bell)
+    bell = torch.addcmul(x.new_full((), -0.5 * math.log(2 * math.pi)), x, x, value=-0.5).exp_()
+    return torch.addcmul(x.new_full((), 2.0), x, x, value=-1).mul_(bell)
 
 
 def silu(x: Tensor) -> Tensor:
