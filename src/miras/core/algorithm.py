@@ -184,7 +184,17 @@ class Muon(Algorithm):
 
 def bound_factors(overlap: Tensor, size: Tensor, strength: float) -> Tensor:
     """prod_j max(0, 1 - strength |lr_j| overlap_tj): overlap (..., T, J), size |lr| (..., J) -> (..., T)."""
-    return (1 - strength * size[..., None, :] * overlap).clamp_min(0).prod(-1)
+    return product((1 - strength * size[..., None, :] * overlap).clamp_min(0))
+
+
+def product(x: Tensor) -> Tensor:
+    """x_1 ... x_n, (..., n) to (...,): by halves, since the derivative of torch's own makes a device wait."""
+    n = x.shape[-1]
+    while n > 1:
+        odd = x[..., n - 1 :] if n % 2 else x[..., :0]
+        x = torch.cat([x[..., : n // 2] * x[..., n // 2 : n - n % 2], odd], -1)
+        n = x.shape[-1]
+    return x[..., 0]
 
 
 def _check_bound(name: str, algorithm: Algorithm) -> None:

@@ -27,7 +27,7 @@ from miras.engine import mlp, tiles
 from miras.engine.chunks import Chunks, begun, contiguous
 from miras.engine.exact import met_by_key_channel
 from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
-from miras.engine.kernels import products, recorded
+from miras.engine.kernels import products, recorded, through
 from miras.engine.recompute import recomputed
 
 
@@ -142,43 +142,6 @@ def _times(a: Tensor | None, b: Tensor | None) -> Tensor | None:
 
 def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
-
-
-def through(keep: Tensor) -> tuple[Tensor, Tensor]:
-    """keep_1 ... keep_t and keep_{t+1} ... keep_n for every t, (R, N, n, ...) like both."""
-    return _Through.apply(keep)
-
-
-def _through(keep: Tensor) -> tuple[Tensor, Tensor]:
-    late = torch.cat([keep[:, :, 1:], torch.ones_like(keep[:, :, :1])], 2)
-    return keep.cumprod(2), late.flip(2).cumprod(2).flip(2)
-
-
-class _Through(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, keep: Tensor) -> tuple[Tensor, Tensor]:
-        before, after = _through(keep)
-        ctx.save_for_backward(keep, before, after)
-        return before, after
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor | None:
-        keep, before, after = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return recorded(ctx.needs_input_grad, _through, grads, (keep,))[0]
-        # d before_t / d keep_s is the product before s times the one from s to t; after likewise.
-        by_before, by_after = grads
-        found = torch.zeros_like(keep)
-        n = keep.shape[2]
-        share = keep.unbind(2)
-        sums = by_before[:, :, -1]
-        for s in reversed(range(n)):
-            sums = sums if s == n - 1 else torch.addcmul(by_before[:, :, s], share[s + 1], sums)
-            found[:, :, s] = sums * before[:, :, s - 1] if s else sums
-        for s in range(1, n):
-            sums = by_after[:, :, 0] if s == 1 else torch.addcmul(by_after[:, :, s - 1], share[s - 1], sums)
-            found[:, :, s].addcmul_(sums, after[:, :, s])
-        return found
 
 
 def _met(x: Tensor, keys: Tensor, d: Tensor, keep: Sides) -> Tensor:

@@ -15,7 +15,7 @@ from miras.core.rule import Gates, Rule, State, close_chunk, directed, gate_of, 
 from miras.core.state import Tree
 from miras.engine.chunks import Chunks, begun, written
 from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
-from miras.engine.kernels import accumulate
+from miras.engine.kernels import accumulate, through
 from miras.engine.recompute import recomputed
 
 
@@ -27,12 +27,13 @@ def formed_per_token(
     made = _token_gates(rule, state, chunks)
     q, k, v = (x.unbind(2) for x in chunks[:3])
     gates = {name: g.unbind(2) for name, g in gates_of_bias(rule, chunks).items()}
+    passed = {n: _passed(made["keep", n]) for n in state.A} if rule.retention.decayed else {}
     reads: list[Tensor] = []
     for j in range(len(q)):
         state = state if j == 0 else begun(state, fresh, chunks, j)
         mine = {name: g[j] for name, g in made.items()}
         write, end = written(chunks, j), chunks.ends[j]
-        kept = {n: mine["keep", n].cumprod(2) for n in state.A} if rule.retention.decayed else None
+        kept = {n: kept[j] for n, kept in passed.items()} if rule.retention.decayed else None
         of_bias = {name: g[j] for name, g in gates.items()}
         xs, ds, loss = gradient_factors(rule, state, k[j], v[j], of_bias, chunks.fixed, kept)
 
@@ -51,6 +52,12 @@ def formed_per_token(
         state = replace(state, A=A, S=S, retained=retained)
         state = close_chunk(rule, state) if end is None else leave_open(rule, state, chunks, j, end)
     return reads[0] if len(reads) == 1 else torch.cat(reads, 2), state
+
+
+def _passed(keep: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of each chunk, the products of keep through every token, (B, H, n, d_in or 1, d_out or 1)."""
+    before, _ = through(torch.stack(keep, 2).flatten(0, 1))
+    return before.unflatten(0, keep[0].shape[:2]).unbind(2)
 
 
 def _form(

@@ -62,6 +62,8 @@ class Block(nn.Module):
         self.name = f"layers.{number}"
 
     def forward(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
+        # A new stream's state is made here, where the block's parameters are at hand even if they are sharded.
+        state = self.mixer.initial(len(x), x) if state is None else state
         y, state = self.mixer.mix(self.mixer_norm(x), state, plan.watched(self.name))
         x = x + y
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state
@@ -99,10 +101,12 @@ class Reader(nn.Module):
         Raises ValueError for other tokens, for ids outside the vocabulary (on a CPU, where the padding's do not
         matter), and for a state of other rows or layers.
         """
-        given, state = state, self.check(tokens, state)
+        self.check(tokens, state)
+        B, T = tokens.shape[:2]
+        new = torch.zeros(B, dtype=torch.long, device=tokens.device)
+        given, state = state, LMState((None,) * len(self.layers), new) if state is None else state
         try:
-            place = [0] * len(tokens) if given is None else self.place(given)
-            B, T = tokens.shape[:2]
+            place = [0] * B if given is None else self.place(given)
             made = plan((B, T), place, tokens.device, valid, write, reset, watching("memory"))
             for block in self.layers:
                 block.mixer.prepare(made)  # pyright: ignore
@@ -122,8 +126,8 @@ class Reader(nn.Module):
         here = self.initial(len(state.tokens))
         return misfit({"layers": state.layers}, {"layers": here.layers})
 
-    def check(self, tokens: Tensor, state: LMState | None) -> LMState:
-        """The state to begin with. Raises ValueError as `read` does."""
+    def check(self, tokens: Tensor, state: LMState | None) -> None:
+        """Raise ValueError as `read` does."""
         if not isinstance(tokens, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
                 f"LM: tokens must be a tensor (B, T) int64, got a {type(tokens).__name__}; for one stream of "
@@ -139,7 +143,7 @@ class Reader(nn.Module):
                 f"LM: tokens must be (B, T) int64, got {tokens.dtype} {tuple(tokens.shape)}{way}"
             )
         if state is None:
-            return self.initial(tokens.shape[0])
+            return
         if not isinstance(state, LMState):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
                 f"LM: the state must be an LMState, got a {type(state).__name__}; a call returns (logits, state), of "
@@ -155,7 +159,6 @@ class Reader(nn.Module):
                 f"LM: the state has {state.tokens.shape[0]} rows and the tokens {tokens.shape[0]}; a state goes on "
                 f"with the rows that it was made with (state.select picks some of them, or repeats them)"
             )
-        return state
 
     def place(self, state: LMState) -> list[int]:
         """How many tokens each row has read of its open document, or of the longest stretch that a layer counts."""
