@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import InvalidCxxCompiler
 
 from miras.core.state import Record
 from miras.nn.lm import LM, Block
-from miras.zoo import preset
+from miras.zoo import preset, presets
 
 SIZES = {
     "vocab_size": 32,
@@ -64,32 +62,39 @@ def same(name: str, backend: str, tolerance: float) -> None:
     for block, args, kwargs in met(name):
         torch._dynamo.reset()
         expected = passed(block, block, args, kwargs)
-        compiled = torch.compile(block, fullgraph=True, backend=backend)
-        found = passed(compiled, block, args, kwargs)
+        block.compile(fullgraph=True, backend=backend)
+        found = passed(block, block, args, kwargs)
         assert found.keys() == expected.keys()
         for n, number in found.items():
-            torch.testing.assert_close(
-                number, expected[n], rtol=0, atol=tolerance, msg=lambda m, n=n: f"{n}: {m}"
-            )
+            if not number.numel():
+                continue
+            gap, size = (number - expected[n]).abs().max(), expected[n].abs().max()
+            assert gap <= tolerance * (1 + size), f"{n}: off by {gap:.3g}, largest entry {size:.3g}"
 
 
-@pytest.mark.parametrize("name", ["transformer", "swa"])
+SOON = (
+    "titans-mac",
+    "titans-mag",
+    "titans-mal",
+    "yaad",
+    "memora",
+    "ttt-mlp",
+    "gla",
+    "deltanet",
+    "deltaproduct",
+)
+"""Every way of the engine and every wiring once."""
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in presets()]
+)
 def test_a_block_is_one_graph(name: str) -> None:
     same(name, "aot_eager", 1e-12)
 
 
-def compiles() -> bool:
-    """Whether this machine has a C++ compiler that torch finds."""
-    try:
-        return bool(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        return False
-
-
-# torch's own: its compiler imports what it has deprecated.
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-@pytest.mark.skipif(not compiles(), reason="torch.compile needs a C++ compiler here")
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["transformer"])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("name", ["titans-mag", "transformer"])
 def test_a_block_compiled(name: str) -> None:
     same(name, "inductor", 1e-9)

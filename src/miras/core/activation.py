@@ -15,7 +15,7 @@ layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 def gelu(x: Tensor) -> Tensor:
     """Exact GELU, x Phi(x); its second derivative is one expression and not a graph of a dozen."""
-    return made(gelu, _Gelu.apply(x), x) if torch.is_grad_enabled() else F.gelu(x)
+    return F.gelu(x) if _plain() else made(gelu, _Gelu.apply(x), x)
 
 
 class _Gelu(torch.autograd.Function):
@@ -62,7 +62,7 @@ def gelu_bend(x: Tensor) -> Tensor:
 
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x); behind a convolution it keeps nothing of its own for the backward pass."""
-    return _Silu.apply(x) if torch.is_grad_enabled() else F.silu(x)
+    return F.silu(x) if _plain() else _Silu.apply(x)
 
 
 class _Silu(torch.autograd.Function):
@@ -110,9 +110,12 @@ EPS = 1e-5
 
 def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
     """(x - mean) / sqrt(var + eps) over the last axis, without affine part."""
-    if torch.is_grad_enabled():
-        return _LayerNorm.apply(x, eps)
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+    return F.layer_norm(x, x.shape[-1:], eps=eps) if _plain() else _LayerNorm.apply(x, eps)
+
+
+def _plain() -> bool:
+    """Whether torch's own operation will do: no backward pass is recorded, or a compiler makes it."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class _LayerNorm(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 import torch
 
-from miras.core.rule import Call, Gates, Rule, State, carries_retained, spelled, stepwise
+from miras.core.rule import Call, Gates, Rule, State, carries_retained, spelled
 from miras.core.state import known
 
 
@@ -43,7 +43,7 @@ def check(rule: Rule, state: State, call: Call) -> None:
                 f"scan: the state belongs to another rule: it holds {'a' if there else 'no'} {name}, which rules "
                 f"with {why} have; begin with init_state(rule, A0)"
             )
-    size = stepwise(rule).chunk_size
+    size = rule.by_step.chunk_size
     if state.recent and state.recent["key"].shape[2] != size:
         raise _other_chunks(rule)
     _check_gates(rule, call.gates, want, (B, H, T), v.shape[-1])

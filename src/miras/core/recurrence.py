@@ -28,7 +28,6 @@ from miras.core.rule import (
     inner_loss,
     per_head,
     spelled,
-    stepwise,
     weights,
 )
 from miras.core.state import Tree, apart, choose, ordinary
@@ -214,7 +213,7 @@ def unrolled(rule: Rule, call: Call) -> tuple[Rule, Call]:
         write=writes,
         reset=None if reset is None else reset & first,
     )
-    return stepwise(rule), call
+    return rule.by_step, call
 
 
 def silent(call: Call, valid: Tensor) -> Call:

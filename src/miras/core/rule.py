@@ -39,6 +39,9 @@ class Rule(Typed):
     chunk_size: int = 16
     form: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
     """What there is about it, beyond gradient steps on linear maps that decay, that a way to run it must know."""
+    held: "Held" = field(init=False, repr=False, compare=False)
+    by_step: "Rule" = field(init=False, repr=False, compare=False)
+    """The rule whose tokens are the single steps of this one's: the same, unless a token takes several."""
 
     def __post_init__(self) -> None:
         for name, kind in _AXES.items():
@@ -58,10 +61,32 @@ class Rule(Typed):
 
         form = self.algorithm.form | self.retention.form | self.memory.form
         object.__setattr__(self, "form", form)
+        object.__setattr__(self, "held", Held(self))
+        object.__setattr__(self, "by_step", self._by_step())
+
+    def _by_step(self) -> "Rule":
+        steps = self.algorithm.steps
+        if steps == 1:
+            return self
+        size = 1 if self.chunk_size == 1 else self.chunk_size * steps
+        return replace(self, algorithm=replace(self.algorithm, steps=1), chunk_size=size)  # pyright: ignore
 
     def gates(self) -> tuple[str, ...]:
         """Names of the gates the four choices read, each given per token and head, or channel-wise."""
         return (*self.algorithm.gates, *self.retention.gates, *self.bias.gates)
+
+
+class Held:
+    """A rule as graphs of `torch.compile` hold it: the same for equal rules."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.rule = rule
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Held) and self.rule == other.rule
+
+    def __hash__(self) -> int:
+        return hash(self.rule)
 
 
 _AXES: dict[str, type] = {"memory": Memory, "bias": Bias, "retention": Retention, "algorithm": Algorithm}
@@ -212,7 +237,7 @@ def init_state(rule: Rule, A0: Tree) -> State:
             f"init_state: {type(rule.memory).__name__} at widths {d_key}, {d_value} needs weights "
             f"{expected} behind (B, H); got { ({n: tuple(a.shape) for n, a in A0.items()}) }"
         )
-    rule = stepwise(rule)
+    rule = rule.by_step
     # Copies: what a state holds does not change when an optimizer changes the A0 of a model.
     begin = torch.zeros_like if rule.retention.returns else torch.clone
     A = {n: begin(a, memory_format=torch.contiguous_format) for n, a in A0.items()}
@@ -230,15 +255,6 @@ def init_state(rule: Rule, A0: Tree) -> State:
         retained=retained,
         recent=recent,
     )
-
-
-def stepwise(rule: Rule) -> Rule:
-    """The rule whose tokens are the single steps of this one's: the same, unless a token takes several."""
-    steps = rule.algorithm.steps
-    if steps == 1:
-        return rule
-    size = 1 if rule.chunk_size == 1 else rule.chunk_size * steps
-    return replace(rule, algorithm=replace(rule.algorithm, steps=1), chunk_size=size)  # pyright: ignore
 
 
 def carries_retained(rule: Rule) -> bool:

@@ -1,5 +1,5 @@
 """Every faster way to the numbers of `recurrence`, and `scan`, which chooses among them."""
 
-from miras.engine.scan import prepare, run, scan
+from miras.engine.scan import graphable, prepare, run, scan
 
-__all__ = ["prepare", "run", "scan"]
+__all__ = ["graphable", "prepare", "run", "scan"]

@@ -19,7 +19,7 @@ from miras.core.observe import Watch
 Made = TypeVar("Made")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen: a graph takes other classes than frozen dataclasses for constants
 class Plan:
     """A call of T tokens in rows that are filled from the front.
 
@@ -75,6 +75,22 @@ class Plan:
         """Tokens that each row has read of its open document behind the call."""
         rows = zip(self.place, self.lengths, self.begins, strict=True)
         return tuple(n - begins[-1] if begins else place + n for place, n, begins in rows)
+
+    def bare(self) -> bool:
+        """Whether it holds no tensors and nobody watches: then all there is to it is known to the host."""
+        held = (self.length, self.write, self.reset, self.order, self.holes, self.watch)
+        return all(x is None for x in held)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, Plan):
+            return self is other
+        return self.bare() and other.bare() and self._known() == other._known()
+
+    def __hash__(self) -> int:
+        return hash(self._known())
+
+    def _known(self) -> tuple[Any, ...]:
+        return (self.device, self.tokens, self.place, self.lengths, self.begins)
 
     def even(self) -> bool:
         """Whether all rows have all tokens, and none of them begins a document."""
@@ -327,7 +343,7 @@ def _part(plan: Plan, starts: list[bool], where: slice | Tensor) -> Part:
     """A part, with what the host knows of where its rows begin segments brought to the device."""
     if not any(starts):
         return Part(plan, None, False, None, where)
-    rows = torch.tensor(starts, device=plan.device)
+    rows = torch.tensor(starts).to(plan.device)
     return Part(plan, rows, all(starts), F.pad(rows[:, None], (0, plan.tokens - 1)), where)
 
 

@@ -14,14 +14,15 @@ from miras.core.memory import Matrix
 from miras.core.observe import watching
 from miras.core.recurrence import token_by_token
 from miras.core.retention import Decay, Keep
-from miras.core.rule import Call, Gates, Rule, State, stepwise
-from miras.core.state import Tree, apart, ordinary
-from miras.engine import channels, exact, mlp
+from miras.core.rule import Call, Gates, Rule, State
+from miras.core.state import Tree, ordinary
+from miras.engine import channels, exact, graph, mlp
 from miras.engine.chunks import by_chunks
 from miras.engine.decode import decode, has_form
 from miras.engine.dual import dual
 from miras.engine.exact import blockwise, hebbian
 from miras.engine.formed import formed_per_token
+from miras.engine.graph import in_graph
 from miras.engine.plan import Plan, plan
 
 LONG = 256
@@ -62,7 +63,20 @@ def planned(rule: Rule, state: State, call: Call) -> Plan:
 @ordinary
 def run(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
     """A call that was checked, in rows that the plan has filled from the front, on the rule's fastest way."""
+    way = way_of(rule, call, plan)
+    if torch.compiler.is_compiling() and way is not ONE_TOKEN:
+        return in_graph(on_its_way, rule, state, call, plan)
+    return way.run(rule, state, call, plan)
+
+
+def on_its_way(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
+    """`run` outside of graphs."""
     return way_of(rule, call, plan).run(rule, state, call, plan)
+
+
+def graphable() -> None:
+    """Let `torch.compile` take memories into its graphs; the first call imports the compiler, which takes seconds."""
+    graph.graphable(on_its_way)
 
 
 def prepare(rule: Rule, plan: Plan) -> None:
@@ -70,7 +84,7 @@ def prepare(rule: Rule, plan: Plan) -> None:
     plan = plan.steps(rule.algorithm.steps)
     if rule.chunk_size == 1:
         plan.blocks(exact.BLOCK)
-    plan.chunks(stepwise(rule).chunk_size)
+    plan.chunks(rule.by_step.chunk_size)
 
 
 class Way(NamedTuple):
@@ -147,25 +161,27 @@ def _by_channel(rule: Rule, gates: Gates) -> list[str]:
     return [name for (name, _), g in gates.items() if name in names and g.dim() == 5]
 
 
-def _apart(run: Callable[..., tuple[Tensor, State]]) -> Callable[..., tuple[Tensor, State]]:
-    return apart(partial(by_chunks, run))
-
-
 LINEAR = frozenset({"step_size", "step_bound", "steps", "decayed", "returns"})
+ONE_TOKEN = Way(
+    "one token", LINEAR - {"steps"} | {"momentum", "first_order", "direction", "link"}, _one_token, decode
+)
 WAYS = (
-    Way(
-        "one token", LINEAR - {"steps"} | {"momentum", "first_order", "direction", "link"}, _one_token, decode
-    ),
+    ONE_TOKEN,
     Way("hebbian blocks", LINEAR, _is_hebbian, hebbian),
     Way("blocks", LINEAR | {"momentum"}, _is_exact, blockwise),
-    Way("mlp", LINEAR | {"momentum", "first_order"}, _is_mlp, _apart(partial(dual, factors=mlp.factors))),
-    Way("per head", LINEAR | {"momentum", "first_order"}, _is_per_head, _apart(dual)),
-    Way("by channel", LINEAR | {"first_order", "link"}, _unwatched, _apart(channels.run)),
+    Way(
+        "mlp",
+        LINEAR | {"momentum", "first_order"},
+        _is_mlp,
+        partial(by_chunks, partial(dual, factors=mlp.factors)),
+    ),
+    Way("per head", LINEAR | {"momentum", "first_order"}, _is_per_head, partial(by_chunks, dual)),
+    Way("by channel", LINEAR | {"first_order", "link"}, _unwatched, partial(by_chunks, channels.run)),
     Way(
         "formed",
         LINEAR | {"momentum", "first_order", "direction", "link", "scale"},
         _always,
-        _apart(formed_per_token),
+        partial(by_chunks, formed_per_token),
     ),
 )
 """The fastest first."""

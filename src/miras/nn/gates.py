@@ -20,9 +20,16 @@ def hard(x: Tensor) -> Tensor:
     return (1.1 * torch.sigmoid(x) - 0.05).clamp(0, 1)
 
 
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x))."""
+    if torch.compiler.is_compiling():  # whose softplus has a gradient of other strides than it says
+        return torch.logaddexp(x, torch.zeros_like(x))
+    return F.softplus(x)
+
+
 def root_sigmoid(x: Tensor) -> Tensor:
     """1 - sigmoid(-x)^(1/16): GLA's forgetting, small unless x is large (GLA 4.4, its temperature 16)."""
-    return -torch.expm1(-F.softplus(x) / 16)
+    return -torch.expm1(-softplus(x) / 16)
 
 
 def capped_exp(x: Tensor) -> Tensor:
@@ -33,12 +40,12 @@ def capped_exp(x: Tensor) -> Tensor:
 def decay(x: Tensor, log_rate: Tensor | float = 0.0) -> Tensor:
     """1 - exp(-rate softplus(x)): the forgetting of Mamba-2 and Gated DeltaNet, with a learned rate for each head."""
     rate = log_rate.exp() if isinstance(log_rate, Tensor) else math.exp(log_rate)
-    return -torch.expm1(-rate * F.softplus(x))
+    return -torch.expm1(-rate * softplus(x))
 
 
 LINKS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
-    "softplus": F.softplus,
+    "softplus": softplus,
     "hard": hard,
     "root_sigmoid": root_sigmoid,
     "exp": capped_exp,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from miras.core.observe import watching
 from miras.core.state import Record, misfit
+from miras.engine import graphable
 from miras.engine.plan import Plan, plan
 from miras.nn.config import ModelConfig
 from miras.nn.norm import RMSNorm
@@ -60,6 +61,11 @@ class Block(nn.Module):
             self.mlp_norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
             self.mlp = config.mlp.build(config)
         self.name = f"layers.{number}"
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """`torch.nn.Module.compile`, with the memory inside the graph; fullgraph=True allows no break in it."""
+        graphable()
+        super().compile(*args, **kwargs)
 
     def forward(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
         # A new stream's state is made here, where the block's parameters are at hand even if they are sharded.
@@ -262,6 +268,11 @@ class LM(nn.Module):
     ) -> tuple[Tensor, LMState]:
         """Like a call, but gives the normed hidden states (B, T, hidden) in place of the logits."""
         return self.model(tokens, state, valid=valid, write=write, reset=reset)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every block by itself: all of one kind share a graph, and only the first call of each is slow."""
+        for block in self.model.layers:
+            block.compile(*args, **kwargs)
 
     def one_token(
         self, tokens: Tensor, layers: tuple[Any, ...], place: int

@@ -19,11 +19,12 @@ class RMSNorm(nn.RMSNorm):
 
 def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     """x / max(|x|, eps) over the last axis."""
-    return _Unit.apply(x, eps)[0] if torch.is_grad_enabled() else x / _size(x, eps)
+    plain = not torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return x / _size(x, eps) if plain else _Unit.apply(x, eps)[0]
 
 
 def _size(x: Tensor, eps: float) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min_(eps)
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(eps)
 
 
 class _Unit(torch.autograd.Function):
