@@ -35,6 +35,38 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 """Becomes a browser that speaks the protocol through descriptors 3 and 4, whatever their numbers were."""
 
+# A colour may be written in any space: what is compared are the bytes that the browser makes of it.
+BYTES = """(() => {
+const pen = new OffscreenCanvas(1, 1).getContext('2d', { willReadFrequently: true });
+const bytes = (c) => {
+  pen.clearRect(0, 0, 1, 1);
+  pen.fillStyle = c;
+  pen.fillRect(0, 0, 1, 1);
+  return [...pen.getImageData(0, 0, 1, 1).data];
+};
+const light = (c) => bytes(c).slice(0, 3).map((v) => v / 255)
+  .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
+const contrast = (a, b) => {
+  const [low, high] = [light(a), light(b)].sort((x, y) => x - y);
+  return (high + 0.05) / (low + 0.05);
+};
+"""
+FAINT = (
+    BYTES
+    + """
+const behind = (e) => {
+  for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (bytes(c)[3]) return c; }
+};
+const out = [];
+for (const e of document.querySelectorAll('body *')) {
+  if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || !e.checkVisibility()) continue;
+  const style = getComputedStyle(e), colour = e instanceof SVGElement ? style.fill : style.color;
+  if (contrast(colour, behind(e)) < 4.5) out.push(e.outerHTML.slice(0, 90));
+}
+return out; })()"""
+)
+
 
 class Tab:
     """One page of the browser; `complaints` is what the console and the policy reported."""
@@ -132,6 +164,10 @@ class Tab:
         self.tell("Input.dispatchMouseEvent", type="mousePressed", buttons=1, **place)
         self.tell("Input.dispatchMouseEvent", type="mouseReleased", **place)
         self.frame()
+
+    def faint(self) -> list[str]:
+        """The elements whose text stands out too little from what is behind it (WCAG: less than 4.5 to 1)."""
+        return self.run(FAINT)
 
     def shot(self, whole: bool = False) -> bytes:
         """The page as PNG, all of it with `whole`."""

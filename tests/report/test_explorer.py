@@ -5,7 +5,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from chromium import CHROMIUM, Tab, chromium
+from chromium import BYTES, CHROMIUM, Tab, chromium
 from miras.cli import main
 from miras.core.observe import observe
 from miras.data.novel import load_novel
@@ -26,9 +26,18 @@ from miras.data.tokens import ByteTokenizer, load_tokenizer
 from miras.nn.folder import save_model
 from miras.nn.lm import LM
 from miras.report import explorer
-from miras.report.explorer import Track, Watched, coded, render_explorer, shortened, tracks_of
-from miras.report.palette import DARK, LEVELS, LIGHT
-from miras.report.surprise import Scale
+from miras.report.explorer import (
+    Track,
+    Watched,
+    agreement,
+    coded,
+    heat,
+    page_data,
+    rank_correlation,
+    shortened,
+    tracks_of,
+)
+from miras.report.frame import render
 from miras.report.text import visible
 from miras.report.watch import spelled, watch
 from miras.stream import read, save_state
@@ -47,8 +56,14 @@ def build(name: str = "titans-mag", seed: int = 0, **options: Any) -> LM:
     return LM(preset(name).changed(SIZES | window | options))
 
 
-def page_of(watched: Watched, *, thin: bool = True) -> str:
-    return render_explorer(watched, tracks_of(watched, thin), title="a page", facts=[("Model", "m", "r")])
+STEPS = 24
+
+
+def page_of(watched: Watched, tracks: Sequence[Track] = (), *, says: str = "a page") -> str:
+    """The page of some tracks, or of those that fit; every text on it is `says`."""
+    data = page_data(watched, tracks or tracks_of(watched))
+    facts, notes = [(says, says, says)], [says]
+    return render("surprise.html", title=says, facts=facts, data=data, notes=notes, plain="", command=says)
 
 
 def noise(count: int, layers: int = 2, heads: int = 2, piece: str = "") -> Watched:
@@ -169,7 +184,7 @@ def test_gates_of_a_longer_text_are_means(monkeypatch: pytest.MonkeyPatch):
 def test_awkward_values_come_back(values: list[float]):
     track = Track("loss", 0, 0, 1, np.array(values, np.float32))
     watched = Watched(list("x" * len(values)), np.full(len(values), np.nan, np.float32), {})
-    page = Unpacked.of(render_explorer(watched, [track], title="t", facts=[]))
+    page = Unpacked.of(page_of(watched, [track]))
     true = np.where(np.isfinite(track.values), track.values, np.nan).astype(float)
     assert near(page.values["loss", 0, 0], true, page.meta["tracks"][0])
     assert len(coded(track.values)[1]) == len(values)
@@ -184,7 +199,7 @@ def test_a_page_of_many_heads_shows_means_then_fewer_layers():
     assert sorted({t.layer for t in tracks} - {None}) == [0, 2, 4, 6, 7, 9, 11]  # pyright: ignore
     said = shortened(many, tracks)
     assert "layers 0, 2, 4, 6, 7, 9, 11 of 12 and means over heads" in said and "--layers" in said
-    page = Unpacked.of(render_explorer(many, tracks[:2], title="t", facts=[]))
+    page = Unpacked.of(page_of(many, tracks[:2]))
     assert near(
         page.values["momentary", 0, None], many.memories[0]["momentary"].mean(0), page.meta["tracks"][1]
     )
@@ -214,9 +229,7 @@ def test_text_is_escaped_and_comes_back_as_it_was():
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", page)
     few = noise(9)
     few.memories[0]["</script><b>"] = few.memories[0].pop("lr")  # a gate of someone's own rule
-    titled = render_explorer(
-        few, tracks_of(few), title=NASTY, facts=[(NASTY,) * 3], notes=[NASTY], command=NASTY
-    )
+    titled = page_of(few, says=NASTY)
     assert titled.count("<script") == titled.count("</script") == 2 and titled.count("</style>") == 1
 
 
@@ -233,6 +246,32 @@ def test_the_same_reading_gives_the_same_page():
     model, ids = build(), np.frombuffer(load_novel().heldout[:200], np.uint8).astype(np.int64)
     pages = [page_of(watch(model, ByteTokenizer(), ids)) for _ in range(2)]
     assert pages[0] == pages[1]
+
+
+def test_stripes_are_means_on_the_scale_of_the_text():
+    values = np.repeat(np.array([20, 100, 200, 400, 1000, math.nan], np.float32), 10)
+    shares, every = heat(values, 6)
+    assert every == 10 and len(shares) == 6 and shares[-1] == 0
+    assert shares[0] < shares[3] < shares[4] == 1 and all(0 <= share <= 1 for share in shares)
+    assert heat(np.zeros(7, np.float32), 3) == ([0.0, 0.0, 0.0], 3)
+
+
+def test_rank_correlation_is_spearman_s():
+    a = [0.1, 5.0, 2.0, 2.0, 9.0]
+    assert rank_correlation(a, [x**3 for x in a]) == pytest.approx(1)
+    assert rank_correlation(a, [-x for x in a]) == pytest.approx(-1)
+    # By hand: ranks 1 4 2.5 2.5 5 against 3 1 2 5 4.
+    ranks = np.corrcoef([1, 4, 2.5, 2.5, 5], [3, 1, 2, 5, 4])[0, 1]
+    assert rank_correlation(a, [3.0, 1.0, 2.0, 5.0, 4.0]) == pytest.approx(ranks)
+    assert math.isnan(rank_correlation(a, [1.0] * 5))
+
+
+def test_the_page_says_how_far_the_memories_go_with_the_model():
+    watched = noise(400)
+    mean = np.mean([seen["momentary"].mean(0) for seen in watched.memories.values()], axis=0)
+    expected = rank_correlation(watched.bits[1:], mean[1:])  # nothing predicted the first token
+    assert f"momentary {expected:+.2f}, accumulated" in agreement(watched)
+    assert agreement(Watched(watched.pieces, watched.bits, {})) == ""
 
 
 # Tokens as text
@@ -396,18 +435,29 @@ def now(tab: Tab) -> int:
 
 def current_is_seen(tab: Tab) -> bool:
     return tab.run(
-        "(() => { const c = document.querySelectorAll('#ink .C'), f = ink.getBoundingClientRect(); "
+        "(() => { const c = document.querySelectorAll('#ink .current'), f = ink.getBoundingClientRect(); "
         "if (c.length !== 1) return false; const b = c[0].getBoundingClientRect(); "
         "return b.top >= f.top - 1 && b.bottom <= f.bottom + 1; })()"
     )
 
 
 def levels(values: NDArray[Any]) -> NDArray[np.int64]:
-    """The level of each value as the scale has it."""
-    scale = Scale.fit(values.tolist())
+    """The step of the colour scale of each value: 5 % to 99.5 % quantile, at most two decades."""
+    known = values[np.isfinite(values)]
+    high = np.quantile(known, 0.995)
+    low = max(np.quantile(known, 0.05), high / 100)
     with np.errstate(divide="ignore"):
-        rank = len(LEVELS) * np.log(values / scale.low) / np.log(scale.high / scale.low)
-    return np.clip(np.floor(rank), 0, len(LEVELS) - 1).astype(int)
+        rank = STEPS * np.log(values / low) / np.log(high / low)
+    return np.clip(np.floor(rank), 0, STEPS - 1).astype(int)
+
+
+def painted(tab: Tab) -> list[int]:
+    """The step of the colour of each token near the view, -1 where nothing was measured."""
+    tab.frame()
+    return tab.run(
+        "[...document.querySelectorAll('#ink i')].map((e) => e.classList.contains('unknown') ? -1 : "
+        f"Math.round({STEPS - 1} * e.style.getPropertyValue('--heat')))"
+    )
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (400, False), (320, True)])
@@ -418,9 +468,10 @@ def test_it_opens_without_a_complaint_at_any_width(
     tab.run("document.getElementById('every').open = true")
     tab.frame()
     assert tab.complaints == [] and tab.run("document.documentElement.scrollWidth") == width
-    theme = DARK if dark else LIGHT
     paper = tab.run("getComputedStyle(document.body).backgroundColor")
-    assert paper == f"rgb({', '.join(str(int(theme['paper'][i : i + 2], 16)) for i in (1, 3, 5))})"
+    assert (
+        tab.run(BYTES + "return light(getComputedStyle(document.body).backgroundColor); })()") < 0.1
+    ) is dark
     tab.click("#theme")
     assert tab.run("getComputedStyle(document.body).backgroundColor") != paper
     tab.run("localStorage.clear()")
@@ -429,24 +480,23 @@ def test_it_opens_without_a_complaint_at_any_width(
 @pytest.mark.parametrize("dark", [False, True])
 def test_all_text_stands_out_from_what_is_behind_it(tab: Tab, novel: tuple[Path, Unpacked], dark: bool):
     tab.open(novel[0], dark=dark)
-    faint = tab.run(
-        """(() => {
-        const channels = (c) => c.match(/[\\d.]+/g).map(Number);
-        const light = (c) => channels(c).slice(0, 3).map((v) => v / 255)
-          .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
-          .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
-        const behind = (e) => { for (; e; e = e.parentElement) {
-          const c = getComputedStyle(e).backgroundColor; if (channels(c)[3] !== 0) return c; } };
-        const out = [];
-        for (const e of document.querySelectorAll('body *')) {
-          if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || !e.checkVisibility()) continue;
-          const style = getComputedStyle(e), svg = e instanceof SVGElement;
-          const [low, high] = [light(svg ? style.fill : style.color), light(behind(e))].sort((a, b) => a - b);
-          if ((high + 0.05) / (low + 0.05) < 4.5) out.push(e.outerHTML.slice(0, 90));
-        }
-        return out; })()"""
+    assert tab.faint() == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_deepen_with_surprise_and_can_be_read_on(tab: Tab, novel: tuple[Path, Unpacked], dark: bool):
+    tab.open(novel[0], dark=dark)
+    behind, ratios, colours = tab.run(
+        BYTES
+        + f"""
+    const style = (k) => getComputedStyle(document.body.appendChild(
+      make('mark', {{ class: 'heat', style: `--heat:${{k / {STEPS - 1}}}` }})));
+    const all = Array.from({{ length: {STEPS} }}, (_, k) => style(k));
+    return [all.map((s) => light(s.backgroundColor)), all.map((s) => contrast(s.color, s.backgroundColor)),
+      new Set(all.map((s) => bytes(s.backgroundColor).join())).size]; }})()"""
     )
-    assert faint == []
+    assert min(ratios) >= 4.5 and colours == STEPS
+    assert behind == sorted(behind, reverse=not dark)
 
 
 def test_everything_that_takes_the_focus_has_a_name(tab: Tab, novel: tuple[Path, Unpacked]):
@@ -468,10 +518,6 @@ def test_kind_layer_and_head_choose_the_colours(tab: Tab, novel: tuple[Path, Unp
     path, page = novel
     tab.open(path)
 
-    def classes() -> str:
-        tab.frame()
-        return tab.run("[...document.querySelectorAll('#ink i')].map((e) => e.className[0]).join('')")
-
     def pick(control: str, value: str) -> None:
         tab.run(
             f"(() => {{ const s = document.getElementById('{control}'); s.value = '{value}'; "
@@ -483,11 +529,11 @@ def test_kind_layer_and_head_choose_the_colours(tab: Tab, novel: tuple[Path, Unp
         heads = [head] if head != "mean" else [0, 1]
         return levels(np.mean([page.values[name, layer, h] for h in heads], axis=0))
 
-    seen: list[str] = []
+    seen: list[list[int]] = []
 
     def check(*key: Any) -> None:
-        found = classes()
-        got = np.array([LEVELS.index(c) if c != "Z" else -1 for c in found])
+        found = painted(tab)
+        got = np.array(found)
         true = expected(*key)[: len(got)]
         known = got >= 0
         assert len(got) > 1000 and np.abs(got - true)[known].max() <= 1
@@ -506,10 +552,9 @@ def test_kind_layer_and_head_choose_the_colours(tab: Tab, novel: tuple[Path, Unp
     check("accumulated", 1, "mean")
     tab.click("#kinds label:nth-of-type(1)")
     pick("head", "0")
-    tab.frame()
-    first = classes()
-    assert first[0] == "Z"  # nothing predicted the first token
-    got = np.array([LEVELS.index(c) for c in first[1:]])
+    first, *rest = painted(tab)
+    assert first == -1  # nothing predicted the first token
+    got = np.array(rest)
     true = levels(page.values["predictive", None, None][1:])[: len(got)]
     assert np.abs(got - true).max() <= 1 and (got == true).mean() > 0.97
     assert "bits" in tab.run("document.getElementById('quantiles').textContent")
@@ -603,7 +648,7 @@ def test_every_value_of_a_token_can_be_read(tab: Tab, novel: tuple[Path, Unpacke
     assert float(shown["Retention, 1 − forget"]) == pytest.approx(kept, abs=1e-4)
     assert tab.run("document.querySelectorAll('#gate-charts svg[role=img]').length") == 5
     said = tab.run("document.querySelector('#gate-charts [data-name=lr] svg').getAttribute('aria-label')")
-    assert said.startswith("Step taken, lr along the text: from ")
+    assert said.startswith("Step taken, lr. along the text: from ")
 
 
 def test_fifty_thousand_tokens_open_at_once_and_all_are_there(tab: Tab, tmp_path: Path):

@@ -13,9 +13,11 @@ from rich.console import Console
 from miras.core.observe import observe
 from miras.data.needle import NOISE, NeedleTask
 from miras.demo.meter import Clock, bar, process_memory_mb
+from miras.demo.page import Haystack, NeedleAct
+from miras.evaluate.needle import wilson
 from miras.nn.lm import LM
 from miras.nn.reading import read_pieces
-from miras.report import AccuracyPoint, AccuracySeries, Curve, Haystack, NeedleAccuracy, NeedleAct
+from miras.report.chart import Curve
 from miras.stream.generation import generate
 
 Tokens = NDArray[np.uint8]
@@ -27,18 +29,10 @@ SAMPLED = 48
 """One piece in this many is watched, and the needle's: watching forms each token's weights, which takes its time."""
 SECONDS = 75.0
 """After so long the memory model stops reading filler and is asked: on a busy machine the haystack is smaller."""
+CHANCE = 100 / 90_000
+"""Percent of needles found by guessing one of the five-digit numbers."""
 MEASURED_BY = "python benchmarks/needle.py --full --write accuracy.json"
 
-SHIPPED = (
-    "The weights of both models were not trained in this run. They were trained before, on haystacks of at most "
-    "2,048 bytes made of other texts than this filler and than those of the table below (a novel, ciphers, made-up "
-    "languages, code, numbers, symbols), and are shipped with the package, as are the figures of the chart and the "
-    "table. Reading and answering happened now."
-)
-RETRAINED = (
-    "Both models were trained in this run, on haystacks of at most 2,048 bytes made of other texts than this filler. "
-    "The figures of the chart and the table below are of the models that are shipped with the package."
-)
 TEXTS = {
     "noise": "this filler",
     "books": "a novel",
@@ -83,27 +77,28 @@ def needle_act(
         f'"{text}" - with memory: [bold]{answer}[/] ({said["m"]}), attention only: {twin_answer!r} ({said["t"]})'
     )
     rows = shipped_rows()
+    window = models["twin"].config.pattern[0].sees()["window_size"]
+    assert window is not None
     return NeedleAct(
         needle=needle,
         key=sample.key,
         value=sample.value,
         answer=answer,
-        correct=answer == sample.value,
-        bytes_read=read,
-        seconds=seconds,
-        peak_memory_mb=max(curves["memory"].y),
         twin_answer=twin_answer,
-        twin_correct=twin_answer == sample.value,
         question=text,
         haystack=NOISE.decode(),
-        weights=RETRAINED if retrained else SHIPPED,
-        others=other_texts(rows),
         needle_position=place,
-        twin_window=models["twin"].config.pattern[0].sees()["window_size"],
+        twin_window=window,
+        bytes_read=read,
+        seconds=seconds,
+        process_memory=curves["memory"],
+        write_rate=curves["lr"],
+        memory_norm=curves["weight"],
+        retrained=retrained,
         accuracy=shipped_accuracy(rows),
-        process_memory=[curves["memory"]],
-        write_rate=[curves["lr"]],
-        memory_norm=[curves["weight"]],
+        chance=CHANCE,
+        command=MEASURED_BY,
+        others=other_texts(rows),
         notes=notes,
     )
 
@@ -175,16 +170,22 @@ def other_texts(rows: list[dict[str, Any]]) -> list[Haystack]:
     ]
 
 
-def shipped_accuracy(rows: list[dict[str, Any]]) -> NeedleAccuracy | None:
-    """Accuracy over context length, as it was measured for the shipped models; None where it was not."""
-    series: list[AccuracySeries] = []
+def shipped_accuracy(rows: list[dict[str, Any]]) -> list[Curve]:
+    """Needles found over context length in percent, as it was measured for the shipped models."""
+    curves: list[Curve] = []
     for role, name in (("memory", "with memory"), ("twin", "attention only")):
-        points = [
-            AccuracyPoint.from_counts(r["length"], r["correct"], r["n"])
-            for r in rows
-            if r["model"] == role and r["filler"] == "noise"
-        ]
-        series.append(AccuracySeries(name, sorted(points, key=lambda p: p.context), role))
-    if not rows:
-        return None
-    return NeedleAccuracy(series, precomputed=True, command=MEASURED_BY, chance=100 / 90_000)
+        own = [r for r in rows if r["model"] == role and r["filler"] == "noise"]
+        own.sort(key=lambda r: r["length"])
+        ends = [wilson(r["correct"], r["n"]) for r in own]
+        curves.append(
+            Curve(
+                name,
+                [r["length"] for r in own],
+                [100 * r["correct"] / r["n"] for r in own],
+                [100 * low for low, _ in ends],
+                [100 * high for _, high in ends],
+                [r["n"] for r in own],
+                role,
+            )
+        )
+    return curves

@@ -3,9 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,11 @@ from rich.console import Console
 
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import Matrix
-from miras.core.observe import observe
 from miras.core.rule import Rule
 from miras.data.novel import Novel
+from miras.data.tokens import ByteTokenizer
 from miras.demo.meter import Clock, bar
+from miras.demo.page import ConditionAverage, GeneratedText, LearningAct, SavedMemory, SurpriseAct
 from miras.evaluate.stream import Curve as StreamCurve
 from miras.evaluate.stream import stream_curve
 from miras.nn.config import ModelConfig
@@ -25,15 +25,8 @@ from miras.nn.folder import save_model
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.reading import StreamState, read_pieces
-from miras.report import (
-    ConditionAverage,
-    Curve,
-    GeneratedText,
-    LearningAct,
-    SavedMemory,
-    SurpriseLayer,
-    SurprisePage,
-)
+from miras.report.chart import Curve
+from miras.report.watch import watch
 from miras.stream.files import save_state
 from miras.stream.generation import generate
 from miras.stream.run import read
@@ -124,10 +117,7 @@ def reading_act(
     held = np.frombuffer(novel.heldout, np.uint8)
     curves = list(_held_out(model, twin.model, held, console))
     base = curves[0].mean
-    averages = [
-        ConditionAverage(NAMES[c.condition], c.mean, _against(c, base), role=_role(c.condition))
-        for c in curves
-    ]
+    averages = [ConditionAverage(NAMES[c.condition], c.mean, _against(c, base)) for c in curves]
     prompt = novel.heldout[:600].decode(errors="ignore")
     told = generate(
         model, np.frombuffer(prompt.encode(), np.uint8), 500, temperature=0.7, top_p=0.9, seed=seed
@@ -227,63 +217,18 @@ def save_and_go_on(model: LM, held: np.ndarray, out: Path) -> SavedMemory:
         file=path.name,
         bytes=path.stat().st_size,
         max_difference=float(np.abs(here[0] - there).max()),
-        fresh_process=True,
         compared=f"the losses of the next {len(more):,} bytes",
     )
 
 
-def surprise_act(model: LM, novel: Novel) -> SurprisePage:
+def surprise_act(model: LM, novel: Novel) -> SurpriseAct:
     """A page of the held-out text with what surprised the memory, after it has read the chapters before."""
     held = novel.heldout
-    start = min(20_000, len(held) // 2)
-    start = held.index(b"\n", start) + 1
+    start = held.index(b"\n", min(20_000, len(held) // 2)) + 1
     text = held[start : start + PAGE].decode(errors="ignore")
-    page = np.frombuffer(text.encode(), np.uint8)
     state: StreamState | None = None
     for part in read_pieces(model, np.frombuffer(held[:start], np.uint8)):
         state = part.state
-    with observe() as seen:
-        losses = read(model, page, state).losses[0]
-    values = {"predictive": losses / np.log(2)}
-    for kind in ("momentary", "accumulated"):
-        each = [seen[layer][kind][0].mean(0).numpy() for layer in seen.layers()]
-        values[kind] = np.mean(each, axis=0)
-    sizes = [len(c.encode()) for c in text]
-    ends = np.cumsum([0, *sizes])
-    layers = [
-        SurpriseLayer(kind, unit, [float(fold(values[kind][a:b])) for a, b in pairwise(ends)])
-        for kind, unit, fold in (
-            ("predictive", "bits", np.sum),
-            ("momentary", "gradient norm", np.max),
-            ("accumulated", "norm of S", np.max),
-        )
-    ]
-    return SurprisePage(
-        text=text,
-        layers=layers,
-        source=f"{novel.title}, from the held-out chapters, byte {start:,} on",
-        notes=[
-            "Momentary and accumulated surprise are averaged over layers and heads; the page was read after the "
-            "chapters before it.",
-            together(layers),
-        ],
-    )
-
-
-def together(layers: list[SurpriseLayer]) -> str:
-    """How far the memory's two kinds of surprise go with the reader's, in words and rank correlations."""
-    predictive, *others = layers
-    told = [f"{layer.kind} {rank_correlation(predictive.values, layer.values):+.2f}" for layer in others]
-    return (
-        f"Rank correlation with predictive surprise over this page (1: the same order, 0: unrelated, -1: the "
-        f"opposite order): {', '.join(told)}."
-    )
-
-
-def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
-    """Spearman's correlation of two rows of numbers; equal ones have the mean of their ranks."""
-    ranks: list[np.ndarray] = []
-    for values in (a, b):
-        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])
-    return float(np.corrcoef(ranks)[0, 1])
+    tokenizer = ByteTokenizer()
+    watched = watch(model, tokenizer, tokenizer.encode(text), state)
+    return SurpriseAct(watched, f"{novel.title}, from the held-out chapters, byte {start:,} on")

@@ -14,36 +14,11 @@ from miras.demo.meter import Clock, bar
 from miras.demo.needle import STAGES, STEPS, load, retrain
 from miras.demo.needle_act import needle_act
 from miras.demo.options import DemoOptions
+from miras.demo.page import DemoReport, HeadlineRow, LearningAct, ModelCard, NeedleAct, write_report
 from miras.demo.reading_act import reading_act, surprise_act
 from miras.nn.lm import LM
 from miras.nn.threads import check_seed, set_threads
-from miras.report import (
-    DemoReport,
-    Header,
-    HeadlineRow,
-    LearningAct,
-    ModelCard,
-    NeedleAct,
-    Timing,
-    write_report,
-)
-
-TRAINED = "Trained and measured in this run: the reader and its twin of Act Two, and the page of Act Three."
-SHIPPED = (
-    "Shipped with the package, and not made in this run: the weights of Act One's two models, and the figures of how "
-    "many needles they find. Made in this run with these weights: the reading, the two answers, the times and the "
-    "charts of memory."
-)
-RETRAINED = (
-    "Trained and measured in this run too: Act One's two models. How many needles are found at each length is "
-    "shipped with the package, and was measured on other weights."
-)
-METHOD = [
-    "Bits per byte: mean cross-entropy of the next byte, in bits. Process memory: resident, all of Python and "
-    "torch included.",
-    "Surprise: predictive is the loss of the byte before it was read, momentary the norm of the inner gradient, "
-    "accumulated the norm of the momentum S.",
-]
+from miras.report.explorer import agreement
 
 
 def demo(options: DemoOptions) -> int:
@@ -61,19 +36,21 @@ def demo(options: DemoOptions) -> int:
 
     clock = Clock()
     first = needle_act(models, options.needle_bytes, options.seed, console, retrained=options.retrain_needle)
-    timings = [Timing("a needle in a haystack", clock())]
+    timings = [("a needle in a haystack", clock())]
 
     clock = Clock()
     novel = load_novel()
     second, reader, steps = reading_act(novel, options.out, options.reading_seconds, options.seed, console)
-    timings.append(Timing("learning to read", clock()))
+    timings.append(("learning to read", clock()))
 
     clock = Clock()
     console.print("\n[bold]Look.[/]")
-    page = surprise_act(reader, novel)
+    third = surprise_act(reader, novel)
+    console.print(agreement(third.watched), highlight=False)
     rows = headline(first, second)
     weights = "trained in this run" if options.retrain_needle else "weights shipped"
-    header = Header(
+    report = DemoReport(
+        title="A memory that learns while it reads",
         models=[
             ModelCard(
                 "needle model",
@@ -95,15 +72,17 @@ def demo(options: DemoOptions) -> int:
         },
         timings=timings,
         hardware=f"{platform.machine()}, {torch.get_num_threads()} threads",
+        headline=rows,
+        needle=first,
+        learning=second,
+        surprise=third,
     )
-    method = [TRAINED, RETRAINED if options.retrain_needle else SHIPPED, *METHOD]
-    report = DemoReport(header, rows, first, second, page, method)
     path = write_report(options.out / "report.html", report)
     table = Table("", "with memory", "compared with", title="What happened", title_justify="left")
     for row in rows:
         table.add_row(row.label, row.value, row.comparison)
-    for timing in (*timings, Timing("look", clock())):
-        table.add_row(timing.label, f"{timing.seconds:.0f} s", "")
+    for label, seconds in (*timings, ("look", clock())):
+        table.add_row(label, f"{seconds:.0f} s", "")
     console.print(table)
     console.print(f"{whole():.0f} s in all. Look at [bold]{path}[/]", highlight=False, soft_wrap=True)
     return 0
@@ -111,16 +90,16 @@ def demo(options: DemoOptions) -> int:
 
 def headline(first: NeedleAct, second: LearningAct) -> list[HeadlineRow]:
     """The rows of the closing table, whatever they say."""
-    low, high = min(first.process_memory[0].y), max(first.process_memory[0].y)
+    low, high = min(first.process_memory.y), max(first.process_memory.y)
     by_name = {a.condition: a.bits_per_byte for a in second.averages}
     saved = second.saved
-    assert saved is not None
     return [
         HeadlineRow(
             f"needle, after {first.bytes_read:,} bytes",
             f"{first.answer} {'(right)' if first.correct else '(wrong)'}",
             f"attention only: {first.twin_answer} {'(right)' if first.twin_correct else '(wrong)'}",
-            f"the number was {first.value}",
+            f"the number was {first.value}; weights {'trained in this run' if first.retrained else 'shipped'}, "
+            "the haystack a few sentences over and over",
         ),
         HeadlineRow(
             "reading speed, process memory",

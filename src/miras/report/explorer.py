@@ -1,22 +1,16 @@
-"""The page to explore surprise in: a text of any length, token by token, and what the memories did along it."""
-
-from __future__ import annotations
+"""What a page of surprise holds: a text of any length, token by token, and what the memories did along it."""
 
 import base64
-import json
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from string import Template
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .shell import asset, render_shell
-from .surprise import MISSING, Scale
-from .text import esc, number, visible
+from miras.report.text import number, visible
 
 Values = NDArray[np.float32]
 
@@ -26,6 +20,8 @@ GATE_VALUES = 64_000
 """About as many values has a page of the gates: of a longer text, means over several tokens."""
 
 SURPRISES = ("momentary", "accumulated")
+MISSING = 255
+"""The code of what was not measured."""
 
 # The controls that reorder what stands after them, in text that is shown to be looked at.
 _DIRECTIONS = {code: "⇄" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
@@ -153,42 +149,10 @@ def shortened(watched: Watched, tracks: Sequence[Track]) -> str:
     )
 
 
-def render_explorer(
-    watched: Watched,
-    tracks: Sequence[Track],
-    *,
-    title: str,
-    facts: Sequence[tuple[str, str, str]],
-    notes: Sequence[str] = (),
-    command: str = "",
-) -> str:
-    """Return the page as HTML text: `facts` are (name, value, remark), `command` is what made it."""
+def page_data(watched: Watched, tracks: Sequence[Track], kind: str = "momentary") -> dict[str, Any]:
+    """What the page's script is told; `kind` is the surprise that colours the text at first."""
     meta, blob = pack(watched, tracks)
-    data = json.dumps({**meta, "blob": base64.b64encode(blob).decode("ascii")}, ensure_ascii=False)
-    # In a script nothing is an entity: a `<` there could only be written as JSON writes it.
-    body = Template(asset("explorer.html")).substitute(
-        meanings="".join(
-            f"<div><dt>{esc(q.label)}</dt><dd>{esc(q.meaning)}</dd></div>" for q in _named(tracks).values()
-        ),
-        notes="".join(f'<p class="note">{esc(note)}</p>' for note in notes),
-        data=data.replace("<", "\\u003c"),
-    )
-    rows = "".join(
-        f"<div><dt>{esc(name)}</dt><dd><b>{esc(value)}</b> <span>{esc(remark)}</span></dd></div>"
-        for name, value, remark in facts
-    )
-    again = (
-        f'<p class="note">Made by</p><pre tabindex="0"><code>{esc(command)}</code></pre>' if command else ""
-    )
-    return render_shell(
-        title=title,
-        kind="surprise",
-        header=f'<dl class="facts">{rows}</dl>',
-        main=body,
-        footer=again,
-        styles=["style.css", "explorer.css"],
-        scripts=["theme.js", "explorer.js"],
-    )
+    return {**meta, "kind": kind, "blob": base64.b64encode(blob).decode("ascii")}
 
 
 def pack(watched: Watched, tracks: Sequence[Track]) -> tuple[dict[str, Any], bytes]:
@@ -208,7 +172,7 @@ def pack(watched: Watched, tracks: Sequence[Track]) -> tuple[dict[str, Any], byt
         shown.append(
             {"name": track.name, "layer": track.layer, "head": track.head, "every": track.every, **meaning}
         )
-    quantities = {name: vars(q) for name, q in _named(tracks).items()}
+    quantities = {name: asdict(quantity) for name, quantity in _named(tracks).items()}
     meta = {
         "tokens": len(pieces),
         "before": watched.before,
@@ -225,14 +189,73 @@ def coded(values: Values) -> tuple[dict[str, float], bytes]:
     1 to 254 go from `floor` to `top` in equal ratios, 0 is below `floor`; where some values are negative, 0 to 254
     go from `least` to `most` in equal steps.
     """
-    finite = values[np.isfinite(values)].astype(np.float64)
+    known = np.isfinite(values)
+    codes = np.full(len(values), MISSING, np.uint8)
+    finite = values[known].astype(np.float64)
     if finite.size and finite.min() < 0:
         least, most = float(finite.min()), float(finite.max())
-        shares = (np.where(np.isfinite(values), values, least) - least) / ((most - least) or 1)
-        codes = np.where(np.isfinite(values), (254 * shares).round(), MISSING)
-        return {"least": least, "most": most}, codes.astype(np.uint8).tobytes()
-    scale = Scale.fit(values.tolist())
-    return {"floor": scale.floor, "top": scale.top}, bytes(map(scale.code, values.tolist()))
+        codes[known] = (254 * (finite - least) / ((most - least) or 1)).round()
+        return {"least": least, "most": most}, codes.tobytes()
+    floor, top = _span(finite)
+    shares = np.log(np.maximum(finite, floor) / floor) / math.log(top / floor)
+    codes[known] = np.where(finite < floor, 0, np.minimum(254, 1 + (253 * shares).round()))
+    return {"floor": floor, "top": top}, codes.tobytes()
+
+
+def _span(finite: NDArray[np.float64]) -> tuple[float, float]:
+    """The least and the largest value that codes tell apart: a tenth of the calmest colour's, and the largest."""
+    positive = finite[finite > 0]
+    if not positive.size:
+        return 1.0, 10.0
+    top = float(positive.max())
+    high = float(np.quantile(finite, 0.995)) or top
+    low = max(float(np.quantile(finite, 0.05)), high / 100)
+    if high <= low * 1.000001:
+        low, top = low / 10, max(top, high * 10)
+    return min(low, max(float(positive.min()), low / 10)), top
+
+
+def heat(values: Values, count: int) -> tuple[list[float], int]:
+    """At most `count` stripes, each the mean of as many values, from 0 (calm) to 1, and how many values that is.
+
+    The scale is that of the coloured text: a log scale from the 5 % to the 99.5 % quantile, at most two decades.
+    """
+    every = math.ceil(len(values) / count)
+    known = np.isfinite(values)
+    means = _means(np.where(known, values, 0), every) / np.maximum(
+        _means(known.astype(np.float32), every), 1e-9
+    )
+    high = float(np.quantile(means, 0.995)) or 1.0
+    low = max(float(np.quantile(means, 0.05)), high / 100)
+    shares = np.log(np.maximum(means, low) / low) / (math.log(high / low) or 1.0)
+    return [round(float(share), 3) for share in np.clip(shares, 0, 1)], every
+
+
+def agreement(watched: Watched) -> str:
+    """How far the surprise of the memories goes with the model's own, as rank correlations; "" without a memory."""
+    known = np.isfinite(watched.bits)
+    told: list[str] = []
+    for name in SURPRISES:
+        rows = [seen[name].mean(0) for seen in watched.memories.values() if name in seen]
+        if rows and known.sum() > 1:
+            correlation = rank_correlation(watched.bits[known], np.mean(rows, axis=0)[known])
+            told.append(f"{name} {correlation:+.2f}")
+    if not told:
+        return ""
+    return (
+        f"Rank correlation with predictive surprise over this text (1: the same order, 0: unrelated, -1: the "
+        f"opposite order), as means over layers and heads: {', '.join(told)}."
+    )
+
+
+def rank_correlation(a: Sequence[float] | Values, b: Sequence[float] | Values) -> float:
+    """Spearman's correlation of two rows of numbers; equal ones have the mean of their ranks."""
+    ranks: list[NDArray[np.float64]] = []
+    for values in (a, b):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ends: NDArray[np.float64] = np.cumsum(count) - (count - 1) / 2
+        ranks.append(ends[place])
+    return float(np.corrcoef(ranks)[0, 1]) if all(np.ptp(each) for each in ranks) else math.nan
 
 
 def bits_per_byte(watched: Watched) -> float:

@@ -1,5 +1,6 @@
 """The page of surprise from Python: a reading in, a page out, to keep as a file or look at in a notebook."""
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,19 +11,31 @@ from numpy.typing import NDArray
 from miras.data.tokens import ByteTokenizer, Tokenizer, check_tokenizer
 from miras.nn.folder import model_hash
 from miras.nn.lm import LM, LMState
-from miras.report.explorer import Watched, bits_per_byte, facts_of, render_explorer, shortened, tracks_of
-from miras.report.text import esc
+from miras.report.explorer import (
+    Watched,
+    agreement,
+    bits_per_byte,
+    facts_of,
+    page_data,
+    shortened,
+    tracks_of,
+)
+from miras.report.frame import render
 from miras.report.watch import watch
 from miras.store.files import check_place, write_atomically
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page as HTML text, which needs nothing else; a notebook shows it. left_out: what it has no room for."""
+    """A page as HTML text, which needs nothing else; a notebook shows it.
+
+    left_out: what it has no room for; agreement: how far the surprise of the memories goes with the model's own.
+    """
 
     html: str
     bits_per_byte: float
     left_out: str = ""
+    agreement: str = ""
 
     def save(self, path: str | Path) -> Path:
         """Write the page to a file. Raises ValueError where something that is no page of miras would be lost."""
@@ -35,7 +48,9 @@ class Page:
         return f"Page({len(self.html):,} characters of HTML, {self.bits_per_byte:.4f} bits per byte)"
 
     def _repr_html_(self) -> str:
-        return f'<iframe srcdoc="{esc(self.html)}" width="100%" height="700" style="border:0"></iframe>'
+        return (
+            f'<iframe srcdoc="{html.escape(self.html)}" width="100%" height="700" style="border:0"></iframe>'
+        )
 
 
 def surprise_page(
@@ -66,10 +81,17 @@ def page_of(
 ) -> Page:
     """The page of what was watched; `thin` leaves out what a small page has no room for."""
     tracks = tracks_of(watched, thin=thin)
-    left_out = shortened(watched, tracks)
-    notes = [left_out] if left_out else []
-    html = render_explorer(watched, tracks, title=title, facts=facts, notes=notes, command=command)
-    return Page(html, bits_per_byte(watched), left_out)
+    left_out, together = shortened(watched, tracks), agreement(watched)
+    text = render(
+        "surprise.html",
+        title=title,
+        facts=facts,
+        data=page_data(watched, tracks),
+        notes=[note for note in (together, left_out) if note],
+        plain="",
+        command=command,
+    )
+    return Page(text, bits_per_byte(watched), left_out, together)
 
 
 def described(model: LM) -> str:

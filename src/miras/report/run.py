@@ -59,8 +59,9 @@ def report(options: ReportOptions) -> int:
     bits = page.bits_per_byte
     rate = "none of them predicted" if math.isnan(bits) else f"{bits:.4f} bits per byte"
     print(f"{len(ids):,} tokens{goes_on}, {rate}")
-    if page.left_out:
-        print(page.left_out)
+    for said in (page.agreement, page.left_out):
+        if said:
+            print(said)
     print(f"Look at {visible(str(options.out))} ({size_text(options.out.stat().st_size)})")
     return 0
 

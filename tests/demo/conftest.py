@@ -3,26 +3,24 @@
 import math
 import random
 
+import numpy as np
 import pytest
 
-from miras.report import (
-    AccuracyPoint,
-    AccuracySeries,
+from miras.demo.page import (
     ConditionAverage,
-    Curve,
     DemoReport,
     GeneratedText,
-    Header,
+    Haystack,
     HeadlineRow,
     LearningAct,
     ModelCard,
-    NeedleAccuracy,
     NeedleAct,
     SavedMemory,
-    SurpriseLayer,
-    SurprisePage,
-    Timing,
+    SurpriseAct,
 )
+from miras.evaluate.needle import wilson
+from miras.report.chart import Curve
+from miras.report.explorer import Watched
 
 SENTENCES = (
     "The keeper of the lighthouse had counted the ships for eleven years, and the count was never wrong.",
@@ -37,6 +35,8 @@ SENTENCES = (
     "By the morning the snow had covered the boats, the nets, the steps, and the name over the door.",
 )
 
+GATES = (("lr", 0.2), ("momentum", 0.8), ("forget", 0.01), ("weight", 3.0), ("loss", 1.0))
+
 
 def made_up_text(length: int) -> str:
     """Prose of about `length` characters in paragraphs, with signs that HTML must escape."""
@@ -47,8 +47,8 @@ def made_up_text(length: int) -> str:
     return "\n\n".join(paragraphs)[:length]
 
 
-def made_up_surprise(text: str) -> list[SurpriseLayer]:
-    """Three layers that look like surprise: high at the start of rare words, with a slow decay in one."""
+def made_up_surprise(text: str) -> Watched:
+    """What looks like surprise: high at the start of rare words, with a slow decay in what accumulates."""
     rng = random.Random(11)
     seen: dict[str, int] = {}
     bits: list[float] = []
@@ -59,17 +59,18 @@ def made_up_surprise(text: str) -> list[SurpriseLayer]:
         rare = 2.0 if char in "Zqxjz&<0123456789" else 1.0
         known = 1 + 0.25 * math.log(seen[context])
         bits.append(min(11.0, start * rare * rng.gammavariate(1.1, 1.0) / known))
-    momentary = [0.004 * (b + 0.1) ** 1.4 * rng.uniform(0.6, 1.5) for b in bits]
-    accumulated: list[float] = []
-    running = 0.0
-    for push in momentary:
-        running = 0.93 * running + push
-        accumulated.append(running)
-    return [
-        SurpriseLayer("momentary", "gradient norm", momentary),
-        SurpriseLayer("accumulated", "momentum norm", accumulated),
-        SurpriseLayer("predictive", "bits", bits),
-    ]
+    momentary = np.array(
+        [[0.004 * (b + 0.1) ** 1.4 * rng.uniform(0.6, 1.5) for b in bits] for _ in range(2)], np.float32
+    )
+    accumulated = np.zeros_like(momentary)
+    for t in range(len(text)):
+        accumulated[:, t] = 0.93 * accumulated[:, t - 1] * (t > 0) + momentary[:, t]
+    gates = {
+        name: (low + 0.1 * rng.random() * momentary / momentary.max()).astype(np.float32)
+        for name, low in GATES
+    }
+    memory = {"momentary": momentary, "accumulated": accumulated, **gates}
+    return Watched(list(text), np.array(bits, np.float32), {0: memory, 1: memory}, before=20_000)
 
 
 def wavy(n: int, start: float, end: float, rate: float, noise: float, seed: int) -> list[float]:
@@ -108,18 +109,26 @@ def make_report(characters: int = 8000) -> DemoReport:
             )
         )
     text = made_up_text(characters)
+
+    def accuracy(name: str, role: str, correct: list[int]) -> Curve:
+        ends = [wilson(k, 200) for k in correct]
+        low, high = ([100 * end[side] for end in ends] for side in (0, 1))
+        return Curve(
+            name, list(map(float, lengths)), [k / 2 for k in correct], low, high, [200] * len(correct), role
+        )
+
     return DemoReport(
-        header=Header(
-            models=[
-                ModelCard("titans-mac-small", 4718592, "memory", "attention window 512, memory of 2 layers"),
-                ModelCard("attention-only twin", 4702208, "twin", "the same blocks, the memory taken out"),
-            ],
-            date="1 January 2000 (test data)",
-            commands=["pip install miras-torch", "miras demo --seed 0 --out report.html"],
-            versions={"miras": "0.0.0", "torch": "0.0.0", "python": "3.11.0"},
-            timings=[Timing("Act one", 412.7), Timing("Act two", 1893.2), Timing("Act three", 8.31)],
-            hardware="a made-up processor, 2 threads",
-        ),
+        title="A memory that learns while it reads",
+        models=[
+            ModelCard("titans-mac-small", 4718592, "memory", "attention window 512, memory of 2 layers"),
+            ModelCard("attention-only twin", 4702208, "twin", "the same blocks, the memory taken out"),
+            ModelCard("reader", 512345, "memory", "titans-mag, 123 steps in this run"),
+        ],
+        date="1 January 2000 (test data)",
+        commands=["pip install miras-torch", "miras demo --seed 0 --out report.html"],
+        versions={"miras": "0.0.0", "torch": "0.0.0", "python": "3.11.0"},
+        timings=[("act one", 412.7), ("act two", 1893.2), ("look", 8.31)],
+        hardware="a made-up processor, 2 threads",
         headline=[
             HeadlineRow("Needle after 1,048,576 bytes", "95.5 %", "twin 0.0 %", "200 trials, made up"),
             HeadlineRow("Held-out book", "1.891 bits/byte", "2.113 for the twin", "lower is better"),
@@ -130,45 +139,27 @@ def make_report(characters: int = 8000) -> DemoReport:
             key="harbour gate",
             value="58213",
             answer="58213",
-            correct=True,
-            bytes_read=1048576,
-            seconds=407.31,
-            peak_memory_mb=612.4,
             twin_answer="40170",
-            twin_correct=False,
             question="the pass word of the harbour gate is",
+            haystack="The fog is grey. The fog is thick.",
             needle_position=73204,
             twin_window=512,
-            accuracy=NeedleAccuracy(
-                series=[
-                    AccuracySeries(
-                        "with memory",
-                        [AccuracyPoint.from_counts(*pair, 200) for pair in zip(lengths, found, strict=True)],
-                        "memory",
-                    ),
-                    AccuracySeries(
-                        "attention-only twin",
-                        [
-                            AccuracyPoint.from_counts(*pair, 200)
-                            for pair in zip(lengths, twin_found, strict=True)
-                        ],
-                        "twin",
-                    ),
-                ],
-                precomputed=True,
-                command="miras evaluate needle --lengths 4096..1048576 --trials 200",
-                chance=0.001,
-            ),
-            process_memory=[
-                Curve("with memory", read, wavy(300, 590, 608, 9, 0.8, 21), role="memory"),
-                Curve(
-                    "attention over everything",
-                    read,
-                    [590 + 8.2e-4 * x for x in read],
-                ),
+            bytes_read=1048576,
+            seconds=407.31,
+            process_memory=Curve("process memory", read, wavy(300, 590, 608, 9, 0.8, 21), role="memory"),
+            write_rate=Curve("mean write rate", read, wavy(300, 0.31, 0.118, 5, 0.006, 22), role="memory"),
+            memory_norm=Curve("norm", read, wavy(300, 4.1, 17.6, 4, 0.15, 23), role="memory"),
+            retrained=False,
+            accuracy=[
+                accuracy("with memory", "memory", found),
+                accuracy("attention-only twin", "twin", twin_found),
             ],
-            write_rate=[Curve("mean write rate", read, wavy(300, 0.31, 0.118, 5, 0.006, 22), role="memory")],
-            memory_norm=[Curve("norm", read, wavy(300, 4.1, 17.6, 4, 0.15, 23), role="memory")],
+            chance=0.001,
+            command="miras evaluate needle --lengths 4096..1048576 --trials 200",
+            others=[
+                Haystack("a novel", 16384, 71.5, 0.0, 200),
+                Haystack("lorem ipsum", 16384, 93.0, 0.5, 200),
+            ],
             notes=["The needle is drawn anew for every seed; this page is test data."],
         ),
         learning=LearningAct(
@@ -176,13 +167,14 @@ def make_report(characters: int = 8000) -> DemoReport:
                 Curve("with memory", train, wavy(500, 5.4, 1.92, 11, 0.03, 31), role="memory"),
                 Curve("attention-only twin", train, wavy(500, 5.4, 2.03, 11, 0.03, 32), role="twin"),
             ],
+            loss_x="training bytes",
             held_out=held_out,
             averages=[
-                ConditionAverage("learning while reading", 1.8913, "the memory writes", 1.87, 1.91, "memory"),
+                ConditionAverage("learning while reading", 1.8913, "the memory writes"),
                 ConditionAverage("memory reset every segment", 2.0721, "writes, but forgets each segment"),
                 ConditionAverage("frozen from the start", 2.1334, "never writes"),
                 ConditionAverage("frozen after warming up", 1.9517, "writes in the first quarter only"),
-                ConditionAverage("attention-only twin", 2.1129, "no memory at all", role="twin"),
+                ConditionAverage("attention-only twin", 2.1129, "no memory at all"),
             ],
             fair_reading=[
                 "One book and one seed: the spread between books is larger than the spread shown here.",
@@ -200,15 +192,10 @@ def make_report(characters: int = 8000) -> DemoReport:
                 "memory-after-book.safetensors",
                 2359808,
                 0.0,
-                True,
                 "Logits of the next 2,048 bytes, read with the memory kept and with it loaded.",
             ),
         ),
-        surprise=SurprisePage(text, made_up_surprise(text), "A Made-Up Book, characters 20,001 to 28,000"),
-        method=[
-            "Every number on this page is made up for a test; none of it was measured.",
-            "Intervals are 95 % Wilson score intervals over independent trials.",
-        ],
+        surprise=SurpriseAct(made_up_surprise(text), "A Made-Up Book, characters 20,001 to 28,000"),
     )
 
 
