@@ -77,8 +77,6 @@ def needle_act(
         f'"{text}" - with memory: [bold]{answer}[/] ({said["m"]}), attention only: {twin_answer!r} ({said["t"]})'
     )
     rows = shipped_rows()
-    window = models["twin"].config.pattern[0].sees()["window_size"]
-    assert window is not None
     return NeedleAct(
         needle=needle,
         key=sample.key,
@@ -88,7 +86,7 @@ def needle_act(
         question=text,
         haystack=NOISE.decode(),
         needle_position=place,
-        twin_window=window,
+        twin_window=models["twin"].config.pattern[0].sees()["window_size"],
         bytes_read=read,
         seconds=seconds,
         process_memory=curves["memory"],
