@@ -290,6 +290,8 @@ def test_act_three_is_the_page_of_miras_report(tab: Tab, path: Path, report: Dem
 
 
 def test_without_a_script_the_numbers_are_there(tab: Tab, path: Path, report: DemoReport):
+    for domain in ("DOM", "CSS"):
+        tab.tell(f"{domain}.enable")
     tab.tell("Emulation.setScriptExecutionDisabled", value=True)
     try:
         tab.tell("Page.navigate", url=path.as_uri())
@@ -299,5 +301,13 @@ def test_without_a_script_the_numbers_are_there(tab: Tab, path: Path, report: De
             shown = " ".join(str(n["name"]["value"]) for n in nodes if n.get("name", {}).get("value"))
         assert "100 (98.115 to 100, n = 200)" in shown and "scripts are switched off" in shown
         assert "".join(report.surprise.watched.pieces)[:60] in shown
+        root = tab.tell("DOM.getDocument")["root"]["nodeId"]
+        found = {
+            name: tab.tell("DOM.querySelector", nodeId=root, selector=f"#needle-accuracy .{name}")["nodeId"]
+            for name in ("data", "plot")
+        }
+        assert tab.tell("DOM.getBoxModel", nodeId=found["data"])["model"]["height"] > 200
+        style = tab.tell("CSS.getComputedStyleForNode", nodeId=found["plot"])["computedStyle"]
+        assert {"name": "display", "value": "none"} in style
     finally:
         tab.tell("Emulation.setScriptExecutionDisabled", value=False)

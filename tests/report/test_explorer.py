@@ -268,6 +268,7 @@ def test_rank_correlation_is_spearman_s():
 
 def test_the_page_says_how_far_the_memories_go_with_the_model():
     watched = noise(400)
+    watched.memories[1]["momentary"][1] = 3 * np.nan_to_num(watched.bits)
     mean = np.mean([seen["momentary"].mean(0) for seen in watched.memories.values()], axis=0)
     expected = rank_correlation(watched.bits[1:], mean[1:])  # nothing predicted the first token
     assert f"momentary {expected:+.2f}, accumulated" in agreement(watched)

@@ -253,8 +253,8 @@ def rank_correlation(a: Sequence[float] | Values, b: Sequence[float] | Values) -
     ranks: list[NDArray[np.float64]] = []
     for values in (a, b):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append(np.asarray(np.cumsum(count) - (count - 1) / 2)[place])
-    return float(np.corrcoef(ranks)[0, 1]) if all(np.ptp(each) for each in ranks) else math.nan
+        ranks.append(np.take(np.cumsum(count) - (count - 1) / 2, place))
+    return float(np.asarray(np.corrcoef(ranks))[0, 1]) if all(np.ptp(each) for each in ranks) else math.nan
 
 
 def bits_per_byte(watched: Watched) -> float:
