@@ -13,14 +13,21 @@ import numpy as np
 import pytest
 import torch
 
+import miras
 from miras import __version__, commands
 from miras.cli import COMMANDS, main, parse
+from miras.core.algorithm import Algorithm
+from miras.core.bias import Bias
+from miras.core.memory import Memory
+from miras.core.retention import Retention
 from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer
-from miras.nn.folder import model_hash, save_model
+from miras.nn.folder import load_model, model_hash, save_model
 from miras.nn.lm import LM
+from miras.nn.plain import KINDS, hints_of
 from miras.options import EvalOptions, InfoOptions, StreamOptions
 from miras.stream import load_state, read, source
+from miras.train import choices
 from miras.train.options import TrainOptions
 from miras.zoo import preset
 
@@ -183,6 +190,31 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ),
         ("train --out r --preset titans-mag --segment-size 64", "segment_size is read by layers of mac only"),
         ("train --out r --preset titans-lmm --num-persistent 2", "and this model has memory; leave it out"),
+        (
+            "info titans-mag --memory mpl",
+            "--memory: unknown memory 'mpl', perhaps you meant 'mlp'; known are matrix",
+        ),
+        (
+            "info titans-mag --memory.dept 3",
+            "--memory.dept: MLP has no 'dept', perhaps you meant 'depth'; it has",
+        ),
+        ("info titans-mag --memory.depth x", "--memory.depth must be a whole number, got 'x'"),
+        ("info titans-mag --bias", "--bias needs a name behind it; known are l2, dot, l1, lp, l-inf, huber"),
+        ("info titans-mag --algorithm.momentum 3", "--algorithm.momentum must be true or false, got '3'"),
+        (
+            "info titans-mag --retention.towards up",
+            "--retention.towards must be one of zero, initial, got 'up'",
+        ),
+        ("info titans-mag --retention elastic-net", "ElasticNet needs gamma; add --retention.gamma VALUE"),
+        ("info titans-mag --gates.bias 3", "--gates.bias: write --gates.GATE.FIELD, such as --gates.lr.bias"),
+        (
+            "info titans-mag --gates.lrr.bias 3",
+            "gates lrr are not read by this rule, which reads lr, momentum",
+        ),
+        ("info transformer --memory mlp", "memory is read by layers of memory, mac, mag, mal only, and this"),
+        ("train --out r --bias huber --bias.delta much", "--bias.delta must be a number, got 'much'"),
+        ("train --out r --bias my_choices:Own", "if you trust it, read it with trust_remote_code=True"),
+        ("train --out r --model model --bias huber", "has its sizes already"),
         (
             "info titans-mac --window-size 8",
             "window_size is read by layers of attention, mag, mal only, and this model has mac",
@@ -367,6 +399,104 @@ def test_yaml_is_read_as_flags_are(tmp_path: Path):
     assert (found.carry, found.needle, found.pattern) == (False, False, ("mag", "memory"))
     file.write_text("")
     assert parse(InfoOptions, "info", ["x", "--config", str(file)]) == InfoOptions(model="x")
+
+
+COMPOSED = (
+    "--memory mlp --memory.depth 3 --bias huber --retention decay --retention.towards=initial "
+    "--algorithm gradient-descent --algorithm.momentum --algorithm.step-bound 10 --gates.lr.bias -1.5 "
+    "--gates.delta.link softplus --features.keys query"
+)
+FILE = """
+memory: {name: mlp, depth: 3}
+bias: huber
+retention: decay
+retention.towards: initial
+algorithm: {name: gradient-descent, momentum: true, step-bound: 10}
+gates:
+  lr: {bias: -1.5}
+  delta: {link: softplus}
+features: {keys: query}
+"""
+
+
+def test_a_rule_is_composed_by_flags_or_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "c.yaml"
+    file.write_text(FILE)
+    expected = preset(
+        "titans-lmm",
+        memory=miras.MLP(depth=3),
+        bias=miras.Huber(),
+        retention=miras.Decay(towards="initial"),
+        algorithm=miras.GradientDescent(momentum=True, step_bound=10.0),
+        gates={
+            "lr": miras.Gate(scale=0.25, bias=-1.5, per_weight=True),
+            "delta": miras.Gate("softplus", bias=0.5413),
+        },
+        features=miras.Features(keys="query"),
+    )
+    for line in (
+        COMPOSED,
+        f"--config {file}",
+        f"--config {file} --memory.depth 3",
+        f"--config {file} --bias Huber",
+    ):
+        assert run(f"info titans-lmm --json {line}") == 0
+        config = json.loads(capsys.readouterr().out)["config"]
+        assert miras.ModelConfig.from_dict(config) == expected, line
+    # What is not named is as the preset has it; another choice has its own defaults.
+    for line, changed in (
+        (
+            "--algorithm.no-momentum --algorithm.step-bound 1",
+            {"algorithm": miras.GradientDescent(step_bound=1.0)},
+        ),
+        ("--memory gated_mlp", {"memory": miras.GatedMLP()}),
+        ("--memory MLP", {}),
+    ):
+        assert run(f"info titans-lmm --json {line}") == 0
+        config = json.loads(capsys.readouterr().out)["config"]
+        assert miras.ModelConfig.from_dict(config) == preset("titans-lmm", **changed), line
+    assert choices.over({"memory": "mlp", "memory.depth": "3", "bias": "l2"}, {"memory": "matrix"}) == {
+        "bias": "l2",
+        "memory": "matrix",
+    }
+
+
+def test_help_names_every_choice_and_every_field_of_it():
+    """Help reads them from the sources, because it imports no torch."""
+    bases = {"memory": Memory, "bias": Bias, "retention": Retention, "algorithm": Algorithm}
+    assert list(bases) == list(choices.AXES)
+    for axis, base in bases.items():
+        found = {kind: set(fields) for kind, fields in choices.choices(axis)}
+        kinds = KINDS[base]
+        assert found == {name: set(hints_of(kind)) for name, kind in kinds.items()}
+    assert choices.choices("gates") == [("Gate", list(hints_of(miras.Gate)))]
+    assert choices.choices("features") == [("Features", list(hints_of(miras.Features)))]
+    assert "gradient-descent (momentum, step-bound," in choices.told() and "per-weight" in choices.told()
+
+
+def test_a_composed_run_is_resumed_and_saved_with_its_rule(place: Path, capsys: pytest.CaptureFixture[str]):
+    rule = "--memory mlp --memory.expansion 2 --bias huber --gates.lr.bias -1"
+    assert run(f"{RUN} {rule}") == 0
+    config = load_model("run/model").config
+    assert config.memories()[0].rule.memory == miras.MLP(expansion=2)
+    assert config.memories()[0].rule.bias == miras.Huber() and config.memories()[0].gates["lr"].bias == -1
+    assert "rule" in refused("train --out run --resume --steps 3 --bias l1", capsys)
+    assert run("train --out run --resume --steps 3") == 0
+    assert run("train --out run --resume --steps 4 --bias huber --memory.expansion 2") == 0
+    assert load_model("run/model").config == config
+
+
+def test_a_flag_equal_to_its_default_is_given_all_the_same(place: Path):
+    """Over a file, and over what a run was told when it began."""
+    (place / "c.yaml").write_text("lr: 0.01\nwarmup: 3\n")
+    assert parse(TrainOptions, "train", ["--out", "r", "--config", "c.yaml", "--lr", "0.003"]).lr == 0.003
+    assert run(f"{RUN} --config c.yaml") == 0
+    assert run("train --out run --resume --steps 3") == 0
+    assert run("train --out run --resume --steps 4 --lr 0.003 --warmup 50") == 0
+    rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [json.loads((place / f"run/step-{n}/training.json").read_text())["options"] for n in (3, 4)]
+    assert [(each["lr"], each["warmup"]) for each in told] == [(0.01, 3), (0.003, 50)]
+    assert len(rows) == 4 and rows[3]["lr"] < rows[2]["lr"]
 
 
 def test_positional_values_may_come_from_yaml(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

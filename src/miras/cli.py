@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from miras.store.signals import Held
 from miras.store.terminal import printable
 from miras.store.words import nearest
+from miras.train import choices
 
 T = TypeVar("T")
 
@@ -31,8 +32,11 @@ def train(arguments: list[str]) -> int:
     from miras.train.options import TrainOptions
 
     options = parse(TrainOptions, "train", arguments)
+    from miras.train.run import begun
     from miras.train.run import train as run
 
+    if options.resume:  # under the flags and the file lies what the run was told when it began
+        options = parse(TrainOptions, "train", arguments, begun(options.out))
     return run(options)
 
 
@@ -237,20 +241,37 @@ def _overview(program: str, about: Mapping[str, str | None]) -> str:
     )
 
 
-def parse(options: type[T], name: str, arguments: list[str]) -> T:
-    """A command's options, from its flags over those of the `--config` file. Exits with 2 on wrong flags."""
+def parse(options: type[T], name: str, arguments: list[str], under: Mapping[str, Any] | None = None) -> T:
+    """A command's options, from its flags over those of the `--config` file, over `under`.
+
+    Exits with 2 on wrong flags.
+    """
     import tyro
 
     arguments, path = _config_flag(arguments)
-    default = tyro.MISSING_NONPROP if path is None else _defaults(options, Path(path))
-    return tyro.cli(
+    composes = "rule" in {field.name for field in dataclasses.fields(cast(Any, options))}
+    rule: dict[str, str] = {}
+    about = COMMON
+    if composes:
+        arguments, rule = choices.take(arguments)
+        about += f"\n{choices.told()}\n" if {"--help", "-h"} & set(arguments) else ""
+    default: Any = tyro.MISSING_NONPROP
+    if path is not None or under:
+        values = {} if path is None else _loaded(options, Path(path))
+        if under and composes:
+            values["rule"] = choices.over(under.get("rule", {}), values.get("rule", {}))
+        default = _defaults(options, {**(under or {}), **values}, path)
+    found = tyro.cli(
         options,
         prog=f"miras {name}",
-        description=(options.__doc__ or "").strip() + COMMON,
+        description=(options.__doc__ or "").strip() + about,
         args=arguments,
         config=(tyro.conf.PositionalMetavarFromFieldName, tyro.conf.DisallowNone),
         default=default,
     )
+    if not rule:
+        return found
+    return dataclasses.replace(cast(Any, found), rule=choices.over(cast(Any, found).rule, rule))
 
 
 def _config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -270,9 +291,8 @@ def _config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
-def _defaults(options: type[T], path: Path) -> T:
-    """The options as a YAML file gives them; what neither it nor the dataclass gives must come as a flag."""
-    import tyro
+def _loaded(options: type[Any], path: Path) -> dict[str, Any]:
+    """The options that a YAML file gives."""
     import yaml
 
     if not path.is_file():
@@ -287,11 +307,16 @@ def _defaults(options: type[T], path: Path) -> T:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict | None):
         raise ValueError(f"{path} must hold one `name: value` per line")
-    fields = {field.name: field for field in dataclasses.fields(cast(Any, options))}
+    fields = [field.name for field in dataclasses.fields(options)]
+    composes = "rule" in fields
+    fields = [*(name for name in fields if name != "rule"), *(choices.HEADS if composes else ())]
     kinds = typing.get_type_hints(options)
     values: dict[str, Any] = {}
     for key, value in (loaded or {}).items():
         name = str(key).replace("-", "_")
+        if composes and name.partition(".")[0] in choices.HEADS:
+            values["rule"] = values.get("rule", {}) | choices.flattened({key: value})
+            continue
         if name not in fields:
             raise ValueError(
                 f"{path}: unknown key {str(key)!r}{nearest(name, fields)}; known are {', '.join(fields)}"
@@ -301,6 +326,14 @@ def _defaults(options: type[T], path: Path) -> T:
         except ValueError:
             kind = getattr(kinds[name], "__name__", kinds[name])
             raise ValueError(f"{path}: {name} must be {kind}, got {value!r}") from None
+    return values
+
+
+def _defaults(options: type[T], values: Mapping[str, Any], path: str | None) -> T:
+    """The options with those values; what neither they nor the dataclass give must come as a flag."""
+    import tyro
+
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, options))}
     required = [
         name
         for name, field in fields.items()

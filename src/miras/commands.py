@@ -19,6 +19,7 @@ from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer, prepare
 from miras.evaluate.describe import describe, design_space
 from miras.evaluate.stream import Curve, stream_curve
+from miras.nn.compose import composed
 from miras.nn.config import ModelConfig
 from miras.nn.folder import model_hash, read_config
 from miras.nn.lm import LM, LMState
@@ -38,12 +39,12 @@ from miras.zoo import override, preset, presets
 
 def info(options: InfoOptions) -> int:
     """Print what a model is."""
-    sizes = dataclasses.asdict(options)
-    name, as_json, trusted = (sizes.pop(n) for n in ("model", "json", "trust_remote_code"))
-    given = {field: value for field, value in sizes.items() if value is not None}
-    config = override(_config(name, trusted), **given)
+    name, config = options.model, _config(options.model, options.trust_remote_code)
+    given = options.sizes() | composed(config, options.rule, options.trust_remote_code)
+    given |= {} if options.vocab_size is None else {"vocab_size": options.vocab_size}
+    config = override(config, **given)
     found = describe(config)
-    if as_json:
+    if options.json:
         print(json.dumps(found, indent=2, allow_nan=False, default=str))
         return 0
     console = Console(highlight=False, soft_wrap=True)

@@ -6,11 +6,13 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from miras.train.options import ModelOptions
+
 Condition = Literal["learning", "frozen", "frozen-warmed", "reset"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions:
+class InfoOptions(ModelOptions):
     """Show what a model is: its four choices, equations, gates, parameters, state and cost.
 
     Sizes given here replace the model's own, to see what they would make of it.
@@ -19,22 +21,6 @@ class InfoOptions:
     model: Positional[str]
     """A preset's name or a model folder."""
     vocab_size: int | None = None
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    chunk_size: int | None = None
-    """Tokens that share one gradient point of the memory."""
-    window_size: int | None = None
-    """Tokens that sliding-window attention sees."""
-    segment_size: int | None = None
-    """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
-    pool: int | None = None
-    """Tokens of a segment that share one memory token (mac)."""
-    num_persistent: int | None = None
-    pattern: tuple[str, ...] | None = None
-    """Mixers of the layers, repeated: attention, memory, mac, mag, mal."""
     json: bool = False
     """Print JSON instead of text."""
     trust_remote_code: bool = False

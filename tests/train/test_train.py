@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from miras.cli import main
 from miras.core.bias import Bias
 from miras.data.needle import Curriculum, NeedleTask
 from miras.data.tokens import ByteTokenizer, FileTokenizer
@@ -263,7 +264,7 @@ def test_a_model_that_names_code_is_trained_and_resumed_only_with_trust(tmp_path
     assert trained.config.memories()[0].rule.bias == Halved()
 
 
-def test_a_run_is_resumed_without_saying_again_what_it_is(tmp_path):
+def test_a_run_is_resumed_without_saying_again_what_it_is(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("one text to learn " * 60)
     text = (str(tmp_path / "a.txt"),)
     assert train(options(tmp_path / "whole", text=text, lr=2e-3, pattern=("attention", "memory"))) == 0
@@ -272,13 +273,14 @@ def test_a_run_is_resumed_without_saying_again_what_it_is(tmp_path):
     newest = checkpoints(stopped.out)[-1]
     (newest / "training.json").rename(newest / "gone")
     newest.rename(newest.with_name("dropped"))
-    assert train(TrainOptions(out=stopped.out, resume=True)) == 0
+    resume = ["train", "--out", str(stopped.out), "--resume"]
+    assert main(resume) == 0
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     # What is said counts: more steps, and what cannot change is refused.
-    assert train(TrainOptions(out=stopped.out, resume=True, steps=11)) == 0
+    assert main([*resume, "--steps", "11"]) == 0
     assert len(losses(stopped.out)) == 11
-    with pytest.raises(ValueError, match="num_heads 2, now 4"):
-        train(TrainOptions(out=stopped.out, resume=True, num_heads=4))
+    capsys.readouterr()
+    assert main([*resume, "--num-heads", "4"]) == 2 and "num_heads 2, now 4" in capsys.readouterr().err
 
 
 def test_an_existing_run_is_not_overwritten_nor_resumed_as_another(tmp_path):

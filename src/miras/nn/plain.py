@@ -65,7 +65,7 @@ def read(kind: Any, value: Any, trusted: bool, what: str = "") -> Any:
     `trusted` allows it to import and run what it names by import path.
     """
     if isinstance(value, Mapping) and set(value) == {"function"}:
-        return _function(value["function"], trusted)
+        return function(value["function"], trusted)
     if isinstance(kind, types.UnionType):
         held = [each for each in typing.get_args(kind) if each is not types.NoneType]
         return None if value is None or len(held) > 1 else read(held[0], value, trusted, what)
@@ -159,7 +159,8 @@ def _path(thing: Any) -> str:
     return path
 
 
-def _function(path: str, trusted: bool) -> Any:
+def function(path: str, trusted: bool) -> Any:
+    """The function that "module:name" names. Raises ValueError for one that needs trust, or is not there."""
     if path in FUNCTIONS:
         module, _, name = path.partition(":")
         return getattr(TORCH[module], name)

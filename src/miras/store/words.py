@@ -1,6 +1,7 @@
 """Words that a user may have meant."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -11,6 +12,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     parts = [word for word in words if plain in word.split("-")]
     close = difflib.get_close_matches(plain, list(words), 1) or (parts if len(parts) == 1 else [])
     return f", perhaps you meant {words[close[0]]!r}" if close else ""
+
+
+def folded(name: str) -> str:
+    """A name whatever its case and hyphens: GatedMLP, gated-mlp and gated_mlp are one."""
+    return re.sub("[-_]", "", name).lower()
+
+
+def kebab(name: str) -> str:
+    """The name of a class as the command line writes it: GatedMLP is gated-mlp."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
 def _plain(word: str) -> str:

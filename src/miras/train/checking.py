@@ -3,13 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from miras.data.text import read_documents
+from miras.nn.compose import composed
 from miras.nn.config import ModelConfig
 from miras.nn.folder import read_config
 from miras.nn.threads import check_seed, set_threads
@@ -65,18 +65,7 @@ def _config(options: CheckOptions) -> ModelConfig:
         config = read_config(Path(options.model), trust_remote_code=options.trust_remote_code)
     else:
         config = preset(options.model)  # says which names are near
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_heads",
-        "head_dim",
-        "chunk_size",
-        "window_size",
-        "segment_size",
-    )
-    given: dict[str, Any] = {name: getattr(options, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    return override(config, **given)
+    return override(config, **options.sizes(), **composed(config, options.rule, options.trust_remote_code))
 
 
 def _console() -> Console:

@@ -1,10 +1,44 @@
 """What `miras train` can be told; no torch here, so that help is quick."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Fixed, Positional, Suppress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """What may differ from a preset or from a model folder."""
+
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    chunk_size: int | None = None
+    """Tokens that share one gradient point of the memory."""
+    window_size: int | None = None
+    """Tokens that sliding-window attention sees."""
+    segment_size: int | None = None
+    """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
+    pool: int | None = None
+    """Tokens of a segment that share one memory token (mac)."""
+    num_persistent: int | None = None
+    pattern: tuple[str, ...] | None = None
+    """Mixers of the layers, repeated: attention, memory, mac, mag, mal."""
+    tie_word_embeddings: bool | None = None
+    conv_size: int | None = None
+    """Taps of the convolutions behind a memory's projections, 0 for none."""
+    initial_scale: float | None = None
+    """Deviation of the initial memory, times the square root of its input width."""
+    rule: Annotated[dict[str, str], Suppress, Fixed] = field(default_factory=dict[str, str])
+    """Choices of the memory's rule, and their fields, as `miras.train.choices` reads them from flags and files."""
+
+    def sizes(self) -> dict[str, Any]:
+        """The sizes that are given."""
+        values = {f.name: getattr(self, f.name) for f in fields(ModelOptions) if f.name != "rule"}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +68,7 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(Settings):
+class TrainOptions(Settings, ModelOptions):
     """Train a model on text (or on needles) and write checkpoints, metrics and the model to a folder."""
 
     out: Path
@@ -49,23 +83,6 @@ class TrainOptions(Settings):
     """Start from this model folder instead of a fresh preset."""
     trust_remote_code: bool = False
     """Import and run the classes and functions outside miras that the model's config names."""
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_heads: int | None = None
-    head_dim: int | None = None
-    intermediate_size: int | None = None
-    chunk_size: int | None = None
-    """Tokens that share one gradient point of the memory."""
-    window_size: int | None = None
-    """Tokens that sliding-window attention sees."""
-    segment_size: int | None = None
-    """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
-    pool: int | None = None
-    """Tokens of a segment that share one memory token (mac)."""
-    num_persistent: int | None = None
-    pattern: tuple[str, ...] | None = None
-    """Mixers of the layers, repeated: attention, memory, mac, mag, mal."""
-    tie_word_embeddings: bool | None = None
     tokenizer: Path | None = None
     """A `tokenizers` JSON file; bytes without it."""
     cache: Path | None = None
@@ -106,7 +123,7 @@ CHECK_SIZES: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions:
+class CheckOptions(ModelOptions):
     """Train a preset for a few steps and say whether it learns: loss, gradients, weights, sensitivity.
 
     The exit status is 0 when everything is in range, 1 when something is not.
@@ -125,16 +142,6 @@ class CheckOptions:
     seq_len: int = 256
     """Tokens of a lane in one step."""
     seed: int = 0
-    hidden_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_heads: int | None = None
-    head_dim: int | None = None
-    chunk_size: int | None = None
-    """Tokens that share one gradient point of the memory."""
-    window_size: int | None = None
-    """Tokens that sliding-window attention sees."""
-    segment_size: int | None = None
-    """Tokens of a segment of memory as context (mac), a multiple of chunk_size."""
     text: tuple[str, ...] = ()
     """Text to train on: files, .xz .gz .bz2, .zip and tar archives, folders or globs. Without it, a novel."""
     reference: bool = True

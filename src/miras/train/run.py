@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from miras.data.novel import load_novel
 from miras.data.tokens import Tokenizer, load_tokenizer, prepare
+from miras.nn.compose import composed
 from miras.nn.config import ModelConfig
 from miras.nn.folder import load_model, read_config, save_model
 from miras.nn.lm import LM
@@ -47,7 +48,6 @@ _PATHS = ("tokenizer", "cache")
 def train(options: TrainOptions) -> int:
     """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
     console = Plain(stderr=True, soft_wrap=True)
-    options = _resumed(options)
     _check(options)
     set_threads(options.threads)
     advice = "a run has one writer at a time: wait for it, or choose another --out"
@@ -60,18 +60,19 @@ def _train(options: TrainOptions, console: Console) -> int:
     """Train in a folder that nobody else writes to."""
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
-    if options.carry and config.grows() and not options.resume:
-        console.print(
-            "Attention without a window: a carried state would grow with every token, so each step begins anew "
-            "(--window-size bounds it)."
-        )
+    said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    if options.carry and config.grows():
+        if not options.resume:
+            console.print(
+                "Attention without a window: a carried state would grow with every token, so each step begins anew "
+                "(--window-size bounds it)."
+            )
         options = dataclasses.replace(options, carry=False)
     _check_memory(options, config)
     task = _task(options, config, tokenizer)
     run = _begin(options, config, task)
     extra = tokenizer.files()
     metrics = Metrics(options.out / "metrics.jsonl", run.step)
-    said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
     said["threads"] = (
         torch.get_num_threads()
     )  # also where it was torch's choice: it may choose otherwise elsewhere
@@ -148,21 +149,18 @@ def _way_on(out: Path, run: Run) -> str:
     return f"The last good checkpoint is {newest}; lower --lr or --clip and add --resume to go on from it."
 
 
-def _resumed(options: TrainOptions) -> TrainOptions:
-    """On resuming, what the options leave at its default is as the run began: `--out RUN --resume` says it all."""
-    there = checkpoints(options.out) if options.resume and options.out.exists() else []
-    if not there:
-        return options
-    before = read_meta(there[-1])["options"]
-    changes: dict[str, Any] = {}
-    for f in dataclasses.fields(options):
-        if f.name in _TOLD or f.name not in before or getattr(options, f.name) != f.default:
-            continue
-        value: Any = before[f.name]
-        if f.name in _PATHS and value is not None:
-            value = Path(value)
-        changes[f.name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(options, **changes)
+def begun(out: Path) -> dict[str, Any]:
+    """What a run was told when it began, as `TrainOptions` has it: `--out RUN --resume` says it all."""
+    there = checkpoints(out) if out.exists() else []
+    before = read_meta(there[-1])["options"] if there else {}
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(TrainOptions):
+        if f.name in before and f.name not in _TOLD:
+            value: Any = before[f.name]
+            if f.name in _PATHS and value is not None:
+                value = Path(value)
+            found[f.name] = tuple(value) if isinstance(value, list) else value
+    return found
 
 
 def _check(options: TrainOptions) -> None:
@@ -220,25 +218,11 @@ def _check(options: TrainOptions) -> None:
 
 
 _ADJUSTABLE = ("steps", "lr", "own_lr", "min_lr", "clip", "weight_decay", "write_price", "warmup")
-_SIZES = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_heads",
-    "head_dim",
-    "intermediate_size",
-    "chunk_size",
-    "window_size",
-    "segment_size",
-    "pool",
-    "num_persistent",
-    "pattern",
-    "tie_word_embeddings",
-)
 
 
 def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
     """The config that the options describe, for a vocabulary; on resuming that of the newest checkpoint."""
-    changes: dict[str, Any] = {n: getattr(options, n) for n in _SIZES if getattr(options, n) is not None}
+    changes = options.sizes()
     if options.resume:
         newest = checkpoints(options.out)[-1]
         config = read_checkpoint_config(newest, options.trust_remote_code)
@@ -249,7 +233,9 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
             )
         return config
     if options.model is None:
-        return preset(options.preset, vocab_size=vocab_size, **changes)
+        config = preset(options.preset, vocab_size=vocab_size)
+        return override(config, **changes, **composed(config, options.rule, options.trust_remote_code))
+    changes |= options.rule
     config = read_config(options.model, trust_remote_code=options.trust_remote_code)
     if changes or config.vocab_size != vocab_size:
         raise ValueError(
