@@ -47,7 +47,7 @@ def measure(found: dict[str, Any], names: list[str], file: Path) -> None:
         for name in names:
             rows = part.setdefault(name, {"ratios": [], "largest_norms": []})
             for seed in list(seeds)[len(rows["ratios"]) :]:
-                check = trained(preset(name, **SIZES), seed, lr, reference=True)
+                check = trained(preset(name).changed(SIZES), seed, lr, reference=True)
                 assert check.reference is not None
                 rows["ratios"].append(round(check.last / check.reference, 4))
                 rows["largest_norms"].append(round(check.largest_norm, 2))
@@ -59,7 +59,7 @@ def measure(found: dict[str, Any], names: list[str], file: Path) -> None:
 
 def literal(name: str) -> ModelConfig | None:
     """The preset with its paper's forgetting towards 0, or None where it has no other."""
-    config = preset(name, **SIZES)
+    config = preset(name).changed(SIZES)
     retention = config.memories()[0].rule.retention
     if not retention.returns:
         return None

@@ -33,7 +33,7 @@ def one_thread() -> Any:
 
 def trains(name: str, lr: float) -> None:
     found = FOUND[f"{lr:g}"][name]
-    check = check_training(preset(name, **SIZES), **TRAINING, lr=lr, reference=False, sensitivity=False)
+    check = check_training(preset(name).changed(SIZES), **TRAINING, lr=lr, reference=False, sensitivity=False)
     assert check.failed is None
     assert check.largest_norm <= LARGEST_NORM
     assert check.last <= found["bound"] * found["references"][0]
@@ -64,7 +64,7 @@ def test_bounds_are_the_worst_of_the_seeds_plus_two_percent_and_near_the_referen
 
 @pytest.mark.parametrize("name", ["titans-lmm", "titans-mag"])
 def test_forgetting_towards_0_does_not_train(name: str) -> None:
-    config = preset(name, **SIZES, retention=Decay())
+    config = preset(name).changed(SIZES | {"retention": Decay()})
     check = check_training(config, **TRAINING, reference=False, sensitivity=False)
     found = FOUND["0.003"][name]
     assert check.largest_norm > LARGEST_NORM
@@ -73,7 +73,7 @@ def test_forgetting_towards_0_does_not_train(name: str) -> None:
 
 
 def test_a_check_measures_what_it_says() -> None:
-    config = preset("titans-lmm", **SIZES)
+    config = preset("titans-lmm").changed(SIZES)
     check = check_training(config, steps=20, batch_size=1, seq_len=64)
     assert len(check.loss) == 20
     assert check.parameters == miras.LM(config).num_parameters()
@@ -93,8 +93,10 @@ def test_a_check_measures_what_it_says() -> None:
 
 def test_what_does_not_learn_is_named_with_what_to_change() -> None:
     gates = {"lr": dataclasses.replace(NEVER, per_weight=True)}
-    still = check_training(preset("titans-lmm", **SIZES, gates=gates), steps=20, batch_size=1, seq_len=64)
-    good = check_training(preset("titans-lmm", **SIZES), steps=20, batch_size=1, seq_len=64)
+    still = check_training(
+        preset("titans-lmm").changed(SIZES | {"gates": gates}), steps=20, batch_size=1, seq_len=64
+    )
+    good = check_training(preset("titans-lmm").changed(SIZES), steps=20, batch_size=1, seq_len=64)
     # Twenty steps of 64 bytes say nothing of the loss.
     assert not [p for p in good.problems() if "bits per byte" not in p.what]
     silent = dataclasses.replace(still, norms=still.norms | {"gates": [0.0] * 20})
@@ -110,7 +112,7 @@ def test_a_change_grows_where_a_memory_forgets_towards_0() -> None:
     growth = {}
     for towards in ("zero", "initial"):
         torch.manual_seed(0)
-        model = miras.LM(preset("yaad", **SIZES, retention=Decay(towards=towards)))
+        model = miras.LM(preset("yaad").changed(SIZES | {"retention": Decay(towards=towards)}))
         growth[towards] = follow_change(model, tokens).growth
     assert growth["initial"] < 0 < growth["zero"]
 
@@ -123,7 +125,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="at least 20,000 ids"):
         check_training("titans-lmm", tokens=[1, 2, 3])
     with pytest.raises(ValueError, match="outside the vocabulary of 64"):
-        check_training(preset("titans-lmm", **SIZES, vocab_size=64))
+        check_training(preset("titans-lmm").changed(SIZES | {"vocab_size": 64}))
     with pytest.raises(ValueError, match="no largest value"):
         written_once(preset("titans-lmm", gates={"lr": Gate("softplus")}, algorithm=miras.GradientDescent()))
 
