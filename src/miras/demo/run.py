@@ -48,6 +48,7 @@ def demo(options: DemoOptions) -> int:
     third = surprise_act(reader, novel)
     console.print(agreement(third.watched), highlight=False)
     rows = headline(first, second)
+    threads = torch.get_num_threads()
     weights = "trained in this run" if options.retrain_needle else "weights shipped"
     report = DemoReport(
         title="A memory that learns while it reads",
@@ -71,7 +72,7 @@ def demo(options: DemoOptions) -> int:
             "python": platform.python_version(),
         },
         timings=timings,
-        hardware=f"{platform.machine()}, {torch.get_num_threads()} threads",
+        hardware=f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}",
         headline=rows,
         needle=first,
         learning=second,
@@ -93,13 +94,14 @@ def headline(first: NeedleAct, second: LearningAct) -> list[HeadlineRow]:
     low, high = min(first.process_memory.y), max(first.process_memory.y)
     by_name = {a.condition: a.bits_per_byte for a in second.averages}
     saved = second.saved
+    weights = "weights trained in this run" if first.retrained else "weights shipped"
     return [
         HeadlineRow(
             f"needle, after {first.bytes_read:,} bytes",
             f"{first.answer} {'(right)' if first.correct else '(wrong)'}",
-            f"attention only: {first.twin_answer} {'(right)' if first.twin_correct else '(wrong)'}",
-            f"the number was {first.value}; weights {'trained in this run' if first.retrained else 'shipped'}, "
-            "the haystack a few sentences over and over",
+            f"attention only: {first.twin_answer} {'(right)' if first.twin_correct else '(wrong)'}, "
+            f"the number was {first.value}",
+            f"{weights}; a few sentences, over and over, are an easy haystack",
         ),
         HeadlineRow(
             "reading speed, process memory",

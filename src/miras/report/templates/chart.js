@@ -80,14 +80,16 @@ function draw(area, { lines, title, height, logX = false, logY = false, floor, c
     const bar = measured(p) && bottom - top > 0.5 ? [make('svg:path', { class: 'eb', d: `M0 ${top}V${bottom}M-4 ${top}H4M-4 ${bottom}H4` })] : [];
     return make('svg:svg', { x: percent(p[0]), overflow: 'visible', width: 1, height: 1 }, ...bar, make('svg:path', { class: 'mk', transform: `translate(0 ${y})`, d: MARKS[slot] }));
   }
-  // The names at the right ends of the lines, moved apart where they would overlap.
+  // The names where the lines end, moved apart where they would overlap; a line that ends early carries its name above.
   const clip = (name) => (name.length <= 28 ? name : `${name.slice(0, 27).trimEnd()}…`);
   function ends() {
-    const labels = lines.map(({ name, slot, points }) => ({ name, slot, y: down(points.findLast((p) => Number.isFinite(p[1]))?.[1]) }))
-      .filter(({ y }) => Number.isFinite(y)).sort((a, b) => a.y - b.y);
-    labels.forEach((label, i) => { if (i) label.y = Math.max(label.y, labels[i - 1].y + 16); });
-    const over = Math.max(0, (labels.at(-1)?.y ?? 0) - height);
-    return labels.map(({ name, slot, y }) => make('svg:text', { class: `end s${slot}`, x: '100%', dx: 12, y: y - over + 4 }, clip(name)));
+    const labels = lines.map(({ name, slot, points }) => ({ name, slot, last: points.findLast((p) => Number.isFinite(p[1])) }))
+      .filter(({ last }) => last).map((label) => ({ ...label, early: label.last[0] < to, y: down(label.last[1]) }));
+    const right = labels.filter(({ early }) => !early).sort((a, b) => a.y - b.y);
+    right.forEach((label, i) => { if (i) label.y = Math.max(label.y, right[i - 1].y + 16); });
+    const over = Math.max(0, (right.at(-1)?.y ?? 0) - height);
+    return labels.map(({ name, slot, y, early, last }) => make('svg:text',
+      { class: `end s${slot}`, x: percent(last[0]), dx: 12, y: early ? y - 8 : y - over + 4 }, clip(name)));
   }
   const named = lines.length > 1 && area.classList.contains('named');
   area.style.setProperty('--gutter', `${named ? 24 + Math.round(7.7 * Math.max(...lines.map(({ name }) => clip(name).length))) : 16}px`);
@@ -98,7 +100,7 @@ function draw(area, { lines, title, height, logX = false, logY = false, floor, c
     ...xTicks(from, to, own, logX).flatMap(([x, minor]) => [make('svg:line', { class: 'gl', x1: percent(x), x2: percent(x), y1: height, y2: height + 5 }),
       make('svg:text', { class: minor ? 'minor' : '', x: percent(x), y: height + 20, 'text-anchor': 'middle' }, short(x))]),
     ...(reference ? [make('svg:line', { class: 'ref', x1: 0, x2: '100%', y1: down(reference[0]), y2: down(reference[0]) }),
-      make('svg:text', { x: 6, y: down(reference[0]) - 6 }, reference[1])] : []),
+      make('svg:text', { x: '100%', dx: -6, y: down(reference[0]) - 6, 'text-anchor': 'end' }, reference[1])] : []),
     ...lines.map(line), ...(named ? ends() : []), cursor);
   area.replaceChildren(svg);
   const move = (x) => {
