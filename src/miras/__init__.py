@@ -30,6 +30,7 @@ _HOMES = {
     "miras.nn.mlp": ("SwiGLUConfig",),
     "miras.nn.memory": ("MemoryConfig", "MemoryLayer", "Features"),
     "miras.nn.attention": ("AttentionConfig", "AttentionLayer"),
+    "miras.nn.sum": ("SumConfig",),
     "miras.nn.titans": (
         "MACConfig",
         "MAGConfig",
@@ -122,6 +123,7 @@ if TYPE_CHECKING:
     from miras.nn.part import MLPConfig as MLPConfig
     from miras.nn.part import Sizes as Sizes
     from miras.nn.reading import read_pieces as read_pieces
+    from miras.nn.sum import SumConfig as SumConfig
     from miras.nn.titans import MACConfig as MACConfig
     from miras.nn.titans import MAGConfig as MAGConfig
     from miras.nn.titans import MALConfig as MALConfig

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from miras.data.tokens import ByteTokenizer
 from miras.hf import MirasConfig, MirasForCausalLM, MirasForSequenceClassification, MirasModel, byte_tokenizer
 from miras.nn.config import ModelConfig
 from miras.nn.folder import OF_TRANSFORMERS, load_model, model_hash, save_model
-from miras.zoo import presets
+from miras.nn.lm import LM
+from miras.zoo import preset, presets
 
 EXTREMES = ("titans-mag", "transformer", "retnet", "mamba2", "hgrn2", "mlstm", "ttt-mlp", "moneta", "memora")
 
@@ -161,6 +163,32 @@ def test_a_weight_that_a_file_lacks_is_new_and_the_others_are_kept(tmp_path, cap
             assert 0.5 < float(x.std() / new[n].std()) < 2, n
         else:
             assert torch.equal(x, stored[n]), n
+
+
+@pytest.mark.parametrize("name", ["titans-mac", "titans-mag", "memora-h", "transformer"])
+def test_a_folder_of_format_1_goes_through_transformers_as_it_is(tmp_path, name):
+    told = json.loads((Path(__file__).parents[1] / "golden" / "format1" / f"{name}.json").read_text())
+    lm, tokens = LM(ModelConfig.from_dict(told["config"])), text(1, 20) % 32
+    save_model(lm, tmp_path / "a")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert torch.equal(model(tokens).logits, lm(tokens)[0])
+    model.save_pretrained(tmp_path / "b")
+    for folder in ("a", "b"):
+        written = json.loads((tmp_path / folder / "config.json").read_text())
+        assert told["config"].items() <= written.items()
+        assert model_hash(load_model(tmp_path / folder)) == model_hash(lm)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert again.lm().config == lm.config and torch.equal(again(tokens).logits, lm(tokens)[0])
+
+
+def test_layers_with_rules_of_their_own_go_through_transformers(tmp_path):
+    slow, fast = (preset(name, chunk_size=4).memories()[0] for name in ("yaad", "titans-lmm"))
+    config = ModelConfig(hidden_size=16, num_hidden_layers=2, num_heads=2, pattern=(slow, fast))
+    model, tokens = MirasForCausalLM(MirasConfig.of(config)), text(1, 9)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.lm().config == config == load_model(tmp_path).config
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
 
 
 def foreign() -> ModelConfig:

@@ -24,6 +24,7 @@ from miras.nn.lm import LM
 from miras.nn.memory import Features
 from miras.nn.mixer import Mixer
 from miras.nn.part import MixerConfig
+from miras.nn.sum import SumConfig
 from miras.nn.titans import MAGConfig
 from miras.zoo import SOURCES, last_layer, preset, presets
 
@@ -208,6 +209,39 @@ def test_a_named_mixer_is_made_of_what_the_model_has():
     assert attention == AttentionConfig(window_size=64, num_persistent=128)
     assert (mac.segment_size, mac.num_persistent, mac.memory) == (32, 128, memory)
     assert memory == preset("titans-lmm").memories()[0]
+
+
+def test_memories_side_by_side_are_added_up():
+    """Each as alone in its layer, with a rule, a state and a name of its own."""
+    slow, fast = (
+        preset(name, chunk_size=size).memories()[0] for name, size in (("yaad", 6), ("titans-lmm", 2))
+    )
+    layer = SumConfig(mixers=(slow, AttentionConfig(window_size=4), fast))
+    config = ModelConfig(**SMALL | {"num_hidden_layers": 2}, pattern=(layer,))
+    assert through(config) == config and config.memories() == [slow, fast] and config.stride() == 6
+    assert config.flops_per_token() == 2 * 16 * 256 + 2 * (
+        6 * 16 * 48 + sum(part.flops(config) for part in layer.mixers)
+    )
+    torch.manual_seed(0)
+    model, tokens = LM(config).double(), torch.randint(256, (2, 23))
+    with torch.no_grad(), miras.observe() as seen:
+        whole, _ = model(tokens)
+    assert seen.layers() == ("layers.0", "layers.0.2", "layers.1", "layers.1.2")
+    with torch.no_grad():
+        rest, state = [], None
+        for piece in tokens.split([1, 4, 8, 1, 9], 1):
+            logits, state = model(piece, state)
+            rest.append(logits)
+    torch.testing.assert_close(torch.cat(rest, 1), whole, rtol=0, atol=1e-9)
+    mixer, x = model.model.layers[0].mixer, torch.randn(2, 11, 16).double()
+    alone = sum(part(x)[0] for part in mixer.mixers)
+    torch.testing.assert_close(mixer(x)[0], alone, rtol=0, atol=1e-12)
+    scale = (2 * config.num_hidden_layers) ** 0.5  # each is a branch of the residual stream
+    assert 0.5 < float(mixer.mixers[2].out.weight.detach().std()) * scale * 16**0.5 < 2
+    changed = miras.zoo.override(config, window_size=8, chunk_size=3)
+    assert [part.window_size for part in changed.pattern[0].mixers[1:2]] == [8] and changed.stride() == 3
+    with refused("a sum needs mixers, such as SumConfig(mixers=("):
+        preset("titans-lmm", pattern=("sum",))
 
 
 def test_a_model_without_mlps():

@@ -18,6 +18,7 @@ from miras.nn.attention import AttentionConfig
 from miras.nn.memory import MemoryConfig
 from miras.nn.mlp import SwiGLUConfig
 from miras.nn.part import MixerConfig, MLPConfig, kind_name
+from miras.nn.sum import SumConfig
 from miras.nn.titans import MACConfig, MAGConfig, MALConfig
 from miras.store.words import nearest
 
@@ -28,7 +29,7 @@ KINDS: dict[type, dict[str, type]] = {
         (Bias, BIASES),
         (Retention, RETENTIONS),
         (Algorithm, ALGORITHMS),
-        (MixerConfig, (AttentionConfig, MemoryConfig, MACConfig, MAGConfig, MALConfig)),
+        (MixerConfig, (AttentionConfig, MemoryConfig, MACConfig, MAGConfig, MALConfig, SumConfig)),
         (MLPConfig, (SwiGLUConfig,)),
     )
 }

@@ -65,7 +65,8 @@ def check_layers(model: LM, layers: Sequence[int]) -> None:
 def memories_of(seen: Observation) -> dict[int, dict[str, NDArray[np.float32]]]:
     """What was seen as {layer number: {name: (H, T)}}; gates that weights have of their own as their mean.
 
-    Without momentum nothing accumulates: |S| would be the momentary surprise times the step.
+    Without momentum nothing accumulates: |S| would be the momentary surprise times the step. Of memories side by side
+    it is the first.
     """
     found: dict[int, dict[str, NDArray[np.float32]]] = {}
     for layer in seen.layers():
@@ -74,7 +75,8 @@ def memories_of(seen: Observation) -> dict[int, dict[str, NDArray[np.float32]]]:
             groups.setdefault(name.split(".")[0], []).append(values[0].float().cpu().numpy())
         if "momentum" not in groups:
             del groups["accumulated"]
-        found[int(layer.split(".")[-1])] = {name: np.mean(each, axis=0) for name, each in groups.items()}
+        means = {name: np.mean(each, axis=0) for name, each in groups.items()}
+        found.setdefault(int(layer.split(".")[1]), means)
     return found
 
 
