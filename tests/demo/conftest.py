@@ -149,6 +149,7 @@ def make_report(characters: int = 8000) -> DemoReport:
             process_memory=Curve("process memory", read, wavy(300, 590, 608, 9, 0.8, 21), role="memory"),
             write_rate=Curve("mean write rate", read, wavy(300, 0.31, 0.118, 5, 0.006, 22), role="memory"),
             memory_norm=Curve("norm", read, wavy(300, 4.1, 17.6, 4, 0.15, 23), role="memory"),
+            watched_of=48,
             retrained=False,
             accuracy=[
                 accuracy("with memory", "memory", found),

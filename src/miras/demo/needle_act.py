@@ -92,6 +92,7 @@ def needle_act(
         process_memory=curves["memory"],
         write_rate=curves["lr"],
         memory_norm=curves["weight"],
+        watched_of=SAMPLED,
         retrained=retrained,
         accuracy=shipped_accuracy(rows),
         chance=CHANCE,

@@ -49,7 +49,8 @@ class NeedleAct:
 
     `haystack` is what the text around it is made of, `retrained` whether the models were trained in this run. Shipped
     figures: `accuracy` over context length, measured by `command`, and `others`, the needles found in other texts.
-    The other curves run over tokens read: process memory in MB, mean write rate, and the norm of the memory.
+    The other curves run over tokens read: process memory in MB, mean write rate, and the norm of the memory; for the
+    last two one piece in `watched_of` was watched.
     """
 
     needle: str
@@ -66,6 +67,7 @@ class NeedleAct:
     process_memory: Curve
     write_rate: Curve
     memory_norm: Curve
+    watched_of: int
     retrained: bool
     accuracy: list[Curve]
     chance: float

@@ -101,7 +101,7 @@ def headline(first: NeedleAct, second: LearningAct) -> list[HeadlineRow]:
             f"{first.answer} {'(right)' if first.correct else '(wrong)'}",
             f"attention only: {first.twin_answer} {'(right)' if first.twin_correct else '(wrong)'}, "
             f"the number was {first.value}",
-            f"{weights}; a few sentences, over and over, are an easy haystack",
+            f"{weights}; an easy haystack",
         ),
         HeadlineRow(
             "reading speed, process memory",
