@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from miras.nn.lm import LM
 from miras.zoo import preset
 
-MODELS = ("transformer",)
+MODELS = ("transformer", "titans-mag", "titans-mac", "gated-deltanet", "memora")
 SIZES = {
     "vocab_size": 11,
     "hidden_size": 8,
