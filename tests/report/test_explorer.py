@@ -668,6 +668,18 @@ def test_fifty_thousand_tokens_open_at_once_and_all_are_there(tab: Tab, tmp_path
     assert spent < 500 and tab.run("document.querySelectorAll('#ink i').length") < 12_000
 
 
+def test_a_browser_that_cannot_colour_the_text_says_so(tab: Tab, novel: tuple[Path, Unpacked]):
+    tab.open(novel[0])
+    assert tab.run("document.getElementById('status').hidden")
+    old = tab.tell("Page.addScriptToEvaluateOnNewDocument", source="CSS.supports = () => false")
+    tab.open(novel[0])
+    tab.tell("Page.removeScriptToEvaluateOnNewDocument", **old)
+    said = tab.run(
+        "[document.getElementById('status').checkVisibility(), document.getElementById('status').innerText]"
+    )
+    assert said[0] and "too old to colour" in said[1] and tab.run("ink.textContent.length") > 1000
+
+
 def test_hostile_text_is_only_text(tab: Tab, tmp_path: Path):
     path = tmp_path / "nasty.html"
     pieces = spelled(ByteTokenizer(), ByteTokenizer().encode(NASTY))

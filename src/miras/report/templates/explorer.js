@@ -518,6 +518,10 @@ document.addEventListener('DOMContentLoaded', async () => {
   try {
     if (!('DecompressionStream' in window)) throw new Error('this browser is too old to unpack it (it has no DecompressionStream)');
     explorer(await unpack(JSON.parse(get('data').textContent)));
+    if (!CSS.supports('color', 'light-dark(oklch(calc(pow(1, 1)) 0 0), red)')) {
+      get('status').hidden = false;
+      get('status').textContent = 'This browser is too old to colour the text; every value is there as a number.';
+    }
   } catch (error) {
     get('status').hidden = false;
     get('status').textContent = `The text cannot be shown: ${error.message}.`;
