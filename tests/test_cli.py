@@ -481,9 +481,29 @@ def test_a_composed_run_is_resumed_and_saved_with_its_rule(place: Path, capsys: 
     assert config.memories()[0].rule.memory == miras.MLP(expansion=2)
     assert config.memories()[0].rule.bias == miras.Huber() and config.memories()[0].gates["lr"].bias == -1
     assert "rule" in refused("train --out run --resume --steps 3 --bias l1", capsys)
+    meta = place / "run" / "step-2" / "training.json"
+    told = json.loads(meta.read_text())
+    (place / "run" / "step-2" / "checksums.json").unlink()
+    older = {n: value for n, value in told["options"].items() if n not in ("rule", "conv_size")}
+    meta.write_text(json.dumps(told | {"options": older}))  # as a version without these options wrote it
+    assert "rule {}, now {'bias': 'l1'}" in refused("train --out run --resume --steps 3 --bias l1", capsys)
+    meta.write_text(json.dumps(told))
     assert run("train --out run --resume --steps 3") == 0
     assert run("train --out run --resume --steps 4 --bias huber --memory.expansion 2") == 0
     assert load_model("run/model").config == config
+
+
+def test_a_run_goes_on_with_the_alignment_that_it_began_with(place: Path):
+    """Attention alone had that of a memory's chunks once, and now has none."""
+    line = RUN.replace(" --chunk-size 4", "").replace("--num-persistent 2", "--preset transformer")
+    assert run(line) == 0
+    meta = place / "run" / "step-2" / "training.json"
+    told = json.loads(meta.read_text())
+    assert told["task"]["align"] == 1
+    (place / "run" / "step-2" / "checksums.json").unlink()
+    meta.write_text(json.dumps(told | {"task": told["task"] | {"align": 16}}))
+    assert run("train --out run --resume --steps 3") == 0
+    assert json.loads((place / "run/step-3/training.json").read_text())["task"]["align"] == 16
 
 
 def test_a_flag_equal_to_its_default_is_given_all_the_same(place: Path):

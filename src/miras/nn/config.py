@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from miras.core.algorithm import Algorithm
-from miras.core.bias import Bias
-from miras.core.memory import Memory
-from miras.core.retention import Retention
+from miras.core.rule import Rule
 from miras.nn.memory import MemoryConfig, memories_in
 from miras.nn.mlp import SwiGLUConfig
 from miras.nn.part import MixerConfig, MLPConfig, Sizes, check_sizes
@@ -19,8 +16,8 @@ from miras.store.words import nearest
 FORMAT_VERSION = 2
 """Version of the dictionaries that `ModelConfig.to_dict` writes; older ones stay readable."""
 
-AXES: dict[str, type] = {"memory": Memory, "bias": Bias, "retention": Retention, "algorithm": Algorithm}
-"""The four choices of a rule."""
+AXES: dict[str, type] = {name: kind for name, kind in hints_of(Rule).items() if kind in KINDS}
+"""The choices of a rule, by the names of its fields."""
 
 
 @dataclass(frozen=True, kw_only=True)

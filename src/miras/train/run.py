@@ -60,7 +60,7 @@ def _train(options: TrainOptions, console: Console) -> int:
     """Train in a folder that nobody else writes to."""
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
-    said = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    said = _plain(options)
     if options.carry and config.grows():
         if not options.resume:
             console.print(
@@ -163,6 +163,11 @@ def begun(out: Path) -> dict[str, Any]:
     return found
 
 
+def _plain(options: TrainOptions) -> dict[str, Any]:
+    """The options as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(options), default=str))
+
+
 def _check(options: TrainOptions) -> None:
     """Refuse what cannot work before any work starts."""
     for name in ("steps", "batch_size", "seq_len", "accumulate", "checkpoint_every", "keep"):
@@ -197,9 +202,10 @@ def _check(options: TrainOptions) -> None:
         raise ValueError(f"--resume: {options.out} holds no checkpoint; leave --resume out to begin")
     if options.resume:
         meta = read_meta(there[-1])
-        before = meta["options"]
-        now = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-        changed = [n for n in now if n not in _FREE and n in before and now[n] != before[n]]
+        # What an older version did not ask, it did by default.
+        before = _plain(TrainOptions(out=options.out)) | meta["options"]
+        now = _plain(options)
+        changed = [n for n in now if n not in _FREE and now[n] != before[n]]
         # More steps, another learning rate and the like are a choice; another model or other data an error.
         fixed = [n for n in changed if n not in _ADJUSTABLE]
         if fixed:
@@ -268,10 +274,12 @@ def _task(options: TrainOptions, config: ModelConfig, tokenizer: Tokenizer) -> T
             seed=options.seed,
             price_from=options.write_price_from,
         )
+    # A run that an older version began goes on as that aligned it.
+    begun = read_meta(checkpoints(options.out)[-1])["task"] if options.resume else {}
     sizes = {
         "batch_size": options.batch_size,
         "seq_len": options.seq_len,
-        "align": config.stride(),
+        "align": begun.get("align", config.stride()),
         "seed": options.seed,
         "micro_batches": options.accumulate,
         "carry": options.carry,
