@@ -26,6 +26,7 @@ from miras.nn.mixer import Mixer
 from miras.nn.part import MixerConfig
 from miras.nn.sum import SumConfig
 from miras.nn.titans import MAGConfig
+from miras.session.compare import memories
 from miras.zoo import SOURCES, last_layer, preset, presets
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2}
@@ -226,13 +227,14 @@ def test_memories_side_by_side_are_added_up():
     model, tokens = LM(config).double(), torch.randint(256, (2, 23))
     with torch.no_grad(), miras.observe() as seen:
         whole, _ = model(tokens)
-    assert seen.layers() == ("layers.0", "layers.0.2", "layers.1", "layers.1.2")
+    assert seen.layers() == ("layers.0", "layers.0.1", "layers.1", "layers.1.1")
     with torch.no_grad():
         rest, state = [], None
         for piece in tokens.split([1, 4, 8, 1, 9], 1):
             logits, state = model(piece, state)
             rest.append(logits)
     torch.testing.assert_close(torch.cat(rest, 1), whole, rtol=0, atol=1e-9)
+    assert list(memories(model, state)) == list(seen.layers())
     mixer, x = model.model.layers[0].mixer, torch.randn(2, 11, 16).double()
     alone = sum(part(x)[0] for part in mixer.mixers)
     torch.testing.assert_close(mixer(x)[0], alone, rtol=0, atol=1e-12)

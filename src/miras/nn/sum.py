@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from miras.core.state import Record
 from miras.engine.plan import Plan
+from miras.nn.memory import memories_in
 from miras.nn.mixer import Mixer
 from miras.nn.part import MixerConfig, Sizes
 
@@ -44,12 +45,15 @@ class SumState(Record):
 
 
 class Sum(Mixer):
-    """y = mixer_1(x) + ... + mixer_n(x). Observed, the first is called as the layer, the others layer.number."""
+    """y = mixer_1(x) + ... + mixer_n(x). Observed, its memories are called layer, layer.1, layer.2 and so on."""
 
     def __init__(self, sizes: Sizes, config: SumConfig) -> None:
         super().__init__()
         self.hidden_size = sizes.hidden_size
         self.mixers = nn.ModuleList(part.build(sizes) for part in config.mixers)
+        counts = [len(memories_in(part)) for part in config.mixers]
+        self.before = [sum(counts[:i]) for i in range(len(counts))]
+        """How many memories stand before each mixer."""
 
     def outputs(self) -> list[Tensor]:
         return [weight for mixer in self.each() for weight in mixer.outputs()]
@@ -71,8 +75,8 @@ class Sum(Mixer):
     def mix(self, x: Tensor, state: SumState, plan: Plan) -> tuple[Tensor, SumState]:
         name = "" if plan.watch is None else plan.watch.layer
         total, after = None, list[Any]()
-        for number, (mixer, part) in enumerate(zip(self.each(), state.parts, strict=True)):
-            y, part = mixer.mix(x, part, plan.watched(f"{name}.{number}") if number else plan)
+        for mixer, part, before in zip(self.each(), state.parts, self.before, strict=True):
+            y, part = mixer.mix(x, part, plan.watched(f"{name}.{before}") if before else plan)
             total = y if total is None else total + y
             after.append(part)
         assert total is not None

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -21,11 +21,14 @@ from miras.stream.run import read
 
 
 def memories(model: LM, state: LMState) -> dict[str, Tree]:
-    """The weights W of each layer's memory, {layer: {weight: (B, H, d_in, d_out)}}; empty for attention alone."""
+    """The weights W of each layer's memory, {layer: {weight: (B, H, d_in, d_out)}}; empty for attention alone.
+
+    Of memories side by side the second is called layer.1 and so on, as where they are observed.
+    """
     return {
-        f"layers.{number}": {n: w.detach() for n, w in reader.weights(found).items()}
+        f"layers.{number}{f'.{i}' if i else ''}": {n: w.detach() for n, w in reader.weights(found).items()}
         for number, (block, part) in enumerate(zip(model.model.layers, state.layers, strict=True))
-        for reader, found in zip(_readers(block), _states(part), strict=True)
+        for i, (reader, found) in enumerate(zip(_readers(block), _states(part), strict=True))
     }
 
 
@@ -40,6 +43,9 @@ def _states(value: Any) -> Iterator[State]:
     elif isinstance(value, Record):
         for field in fields(value):
             yield from _states(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for each in cast(tuple[Any, ...], value):
+            yield from _states(each)
 
 
 @dataclass(frozen=True)
