@@ -23,6 +23,7 @@ _HOMES = {
     "miras.core.algorithm": ("Algorithm", "GradientDescent", "GradientAscent", "Implicit", "Muon"),
     "miras.core.rule": ("Rule", "State", "init_state"),
     "miras.core.recurrence": ("recurrence",),
+    "miras.core.schedule": ("Schedule",),
     "miras.core.observe": ("observe",),
     "miras.engine": ("scan",),
     "miras.nn.gates": ("Gate",),
@@ -97,6 +98,7 @@ if TYPE_CHECKING:
     from miras.core.rule import Rule as Rule
     from miras.core.rule import State as State
     from miras.core.rule import init_state as init_state
+    from miras.core.schedule import Schedule as Schedule
     from miras.data.tokens import ByteTokenizer as ByteTokenizer
     from miras.data.tokens import FileTokenizer as FileTokenizer
     from miras.data.tokens import load_tokenizer as load_tokenizer

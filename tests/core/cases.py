@@ -23,6 +23,7 @@ from miras.core.retention import (
     Simplex,
 )
 from miras.core.rule import Call, Rule, init_state
+from miras.core.schedule import Schedule
 from miras.engine.scan import RECURRENCE, planned, way_of, ways
 
 CLASSIC = tuple(
@@ -135,14 +136,38 @@ def covering(seed: int) -> tuple[Rule, ...]:
     return tuple(chosen)
 
 
-WIDE = covering(seed=0)
-"""Every pair of choices over all four axes and the chunk size, in some rule."""
+SCHEDULES = (
+    Schedule(read="before"),
+    Schedule(read="start"),
+    Schedule("chunk"),
+    Schedule("chunk", "before"),
+    Schedule("chunk", "start"),
+)
+
+
+def scheduled(seed: int, count: int) -> tuple[Rule, ...]:
+    """Allowed rules with every schedule, of random choices on the other axes."""
+    draw, made = random.Random(seed), list[Rule]()
+    algorithms = (*AXES[3], Muon(iterations=2, scale=0.1, momentum=False))
+    for schedule in SCHEDULES:
+        while sum(rule.schedule == schedule for rule in made) < count:
+            memory, bias, retention, algorithm, size = map(draw.choice, (*AXES[:3], algorithms, AXES[4]))
+            try:
+                made.append(Rule(memory, bias, retention, algorithm, size, schedule))
+            except ValueError:
+                continue
+    return tuple(dict.fromkeys(made))
+
+
+WIDE = covering(seed=0) + scheduled(seed=0, count=16)
+"""Every pair of choices over four axes and the chunk size, in some rule; and every schedule with some of them."""
 RULES = CLASSIC + RETURNING + WIDE
 LENGTHS = {1: 5, 3: 11, 16: 53, 64: 141}
 
 
 def name(rule: Rule) -> str:
-    text = f"{rule.memory}-{rule.bias}-{rule.retention}-{rule.algorithm}-{rule.chunk_size}".replace(" ", "")
+    parts = [rule.memory, rule.bias, rule.retention, rule.algorithm, rule.chunk_size]
+    text = "-".join(map(str, parts + [rule.schedule] * (rule.schedule != Schedule()))).replace(" ", "")
     return re.sub(r"<[^>]*>", "f", text)  # a function's address differs from process to process
 
 

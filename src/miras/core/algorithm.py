@@ -1,7 +1,7 @@
 """Axis 4, memory algorithm: how the gradient of a token becomes a step of the memory."""
 
 from abc import ABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -150,12 +150,12 @@ class Muon(Algorithm):
 
     X = S / |S|_F, then `iterations` times X <- a X + (b X X^T + c (X X^T)^2) X with (a, b, c) = (3.4445, -4.7750,
     2.0315). The step's length does not depend on |S|: `lr` only weighs the tokens against each other, so there is
-    always momentum. The step at S = 0 is 0. Every S_t is formed.
+    momentum, or the steps of a chunk are gathered (Schedule). The step at S = 0 is 0. Every S_t is formed.
     """
 
     iterations: int = 5
     scale: float = 1.0
-    momentum: bool = field(default=True, init=False)
+    momentum: bool = True
     COEFFICIENTS: ClassVar[tuple[float, float, float]] = (3.4445, -4.7750, 2.0315)
 
     def __post_init__(self) -> None:
@@ -179,7 +179,14 @@ class Muon(Algorithm):
         return self.scale * (X.mT if wide else X)
 
     def refusal(self, rule: Any) -> str | None:
-        return "a vector has nothing to orthogonalise" if rule.memory.elementwise else None
+        if rule.memory.elementwise:
+            return "a vector has nothing to orthogonalise"
+        if not self.momentum and not (rule.schedule.gathers and rule.chunk_size > 1):
+            return (
+                "the step of a single token's gradient would not depend on its lr: use momentum=True, or gather the "
+                "steps of a chunk of several tokens with Schedule(update='chunk')"
+            )
+        return None
 
 
 def bound_factors(overlap: Tensor, size: Tensor, strength: float) -> Tensor:

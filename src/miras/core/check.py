@@ -2,7 +2,7 @@
 
 import torch
 
-from miras.core.rule import Call, Gates, Rule, State, carries_retained, spelled
+from miras.core.rule import Call, Gates, Rule, State, carries_retained, carries_surprise, spelled
 from miras.core.state import known
 
 
@@ -33,7 +33,7 @@ def check(rule: Rule, state: State, call: Call) -> None:
             f"{v.shape[-1]} the weights are {want}, the state holds {got}"
         )
     parts = {
-        "S": (bool(state.S), rule.algorithm.momentum, "momentum"),
+        "S": (bool(state.S), carries_surprise(rule), "momentum, or steps that are gathered,"),
         "retained": (bool(state.retained), carries_retained(rule), "a gradient at the decayed memory"),
         "recent": (bool(state.recent), rule.algorithm.step_bound > 0, "the step bound"),
     }

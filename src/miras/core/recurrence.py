@@ -83,10 +83,7 @@ def token_by_token(rule: Rule, state: State, call: Call, watch: Watch | None) ->
         now = _token(call, t)
         if fresh is not None:
             state = choose(starts[:, t], fresh, state)
-        y, state, trace = _read_and_write(rule, state, base, now, writes[:, t])
-        phase = state.phase + valid[:, t].long()
-        state = replace(state, phase=phase)
-        state = choose(phase == rule.chunk_size, close_chunk(rule, state), state)
+        y, state, trace = _read_and_write(rule, state, base, now, writes[:, t], valid[:, t])
         there = valid[:, None, t, None]
         reads.append(torch.where(there[..., None], y, 0))
         seen.append({n: torch.where(there, x.detach().reshape(*y.shape[:3]), 0) for n, x in trace.items()})
@@ -103,18 +100,27 @@ def _token(call: Call, t: int) -> Call:
 
 
 def _read_and_write(
-    rule: Rule, state: State, base: Tree, now: Call, writes: Tensor
+    rule: Rule, state: State, base: Tree, now: Call, writes: Tensor, there: Tensor
 ) -> tuple[Tensor, State, Tree]:
-    """One token (T = 1): what is read, the state after, and what an observation shows of it; writes (B,)."""
+    """One token (T = 1): what is read, the state after, and what an observation shows of it; writes, there (B,)."""
     after, grad, loss, lr = write(rule, state, base, now, writes)
-    moved = after.S or {n: -_wide(lr[n]) * grad[n] for n in grad}
-    moved = choose(writes, moved, state.S or {n: torch.zeros_like(x) for n, x in moved.items()})
-    after = choose(writes, after, state)
-    W = weights(rule, after.A, base)
+    moved = after.S if rule.algorithm.momentum else {n: -_wide(lr[n]) * grad[n] for n in grad}
+    unmoved = state.S if rule.algorithm.momentum else {n: torch.zeros_like(x) for n, x in moved.items()}
+    moved, after = choose(writes, moved, unmoved), choose(writes, after, state)
+    if rule.schedule.gathers:
+        after = choose(there & rule.schedule.due(state.phase, rule.chunk_size), taken(rule, after), after)
+    at = {"after": after.A, "before": state.A}.get(rule.schedule.read)
+    W = anchor_weights(rule, state.anchor, base) if at is None else weights(rule, at, base)
     y = rule.memory.apply(now.q, formed(W, now.outer))
     trace = observed(now.gates, lr, writes) | {"loss": loss}
-    trace |= {"momentary": norm(grad), "accumulated": norm(moved), "weight": norm(W)}
-    return y, after, trace
+    trace |= {
+        "momentary": norm(grad),
+        "accumulated": norm(moved),
+        "weight": norm(weights(rule, after.A, base)),
+    }
+    phase = state.phase + there.long()
+    after = replace(after, phase=phase)
+    return y, choose(phase == rule.chunk_size, close_chunk(rule, after), after), trace
 
 
 def write(
@@ -123,9 +129,9 @@ def write(
     """One token into the memory: the state after, its gradient and inner loss, and the steps taken.
 
     S = momentum S - lr grad
-    A = advance(A, 1 - forget, direction(S))
+    A = advance(A, 1 - forget, direction(S)), or later where steps are gathered
     """
-    algorithm, retention = rule.algorithm, rule.retention
+    algorithm, retention, gathers = rule.algorithm, rule.retention, rule.schedule.gathers
     gate = lambda name, n: _wide(gate_of(now.gates, name, n))  # noqa: E731
     keep = {n: torch.ones_like(a[..., :1, :1]) for n, a in state.A.items()}
     if "forget" in retention.gates:
@@ -135,12 +141,27 @@ def write(
     lr, recent = _steps(rule, state, now)
     S, A = {}, {}
     for n in state.A:
+        step = -_wide(lr[n]) * grad[n]
+        if gathers:
+            S[n], A[n] = state.S[n] + step, state.A[n]
+            continue
         momentum = gate("momentum", n) if algorithm.momentum else None
-        surprise = algorithm.surprise(state.S.get(n), momentum, -_wide(lr[n]) * grad[n])
+        surprise = algorithm.surprise(state.S.get(n), momentum, step)
         if algorithm.momentum:
             S[n] = surprise
         A[n] = retention.advance(state.A[n], keep[n], directed(rule, surprise))
     return replace(state, A=A, S=S, retained=retained, recent=recent), grad, loss, lr
+
+
+def taken(rule: Rule, state: State) -> State:
+    """The state whose accumulator has taken what was gathered: A = advance(A, retained, direction(S)), S = 0."""
+    advance = rule.retention.advance
+    return replace(
+        state,
+        A={n: advance(a, state.retained[n], directed(rule, state.S[n])) for n, a in state.A.items()},
+        S={n: torch.zeros_like(x) for n, x in state.S.items()},
+        retained={n: torch.ones_like(x) for n, x in state.retained.items()},
+    )
 
 
 def gradient(rule: Rule, state: State, base: Tree, now: Call, kept: Tree) -> tuple[Tree, Tensor]:

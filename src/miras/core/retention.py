@@ -76,6 +76,10 @@ class Retention(Typed, ABC):
         """The weights (..., d_in, d_out) that belong to an accumulator of the same shape."""
         return A
 
+    def begin(self, A: Tensor, size: float) -> Tensor:
+        """A first accumulator (..., d_in, d_out) of weights of about that deviation, from standard normal numbers."""
+        return A * size
+
     def advance(self, A: Tensor, keep: Tensor | float, step: Tensor) -> Tensor:
         """The accumulator after a step, (..., d_in, d_out) like both; keep = 1 - forget, 1 without that gate."""
         return keep * A + step
@@ -205,6 +209,11 @@ class LqNorm(Retention):
     def direct(self) -> bool:
         return self.q == 2 and type(self).link is LqNorm.link
 
+    def begin(self, A: Tensor, size: float) -> Tensor:
+        A = A * size
+        # The mirror map has degree 1: scaled so, the weights themselves have the deviation.
+        return A if self.literal else A * (size / self.link(A).square().mean((-2, -1), keepdim=True).sqrt())
+
     def link(self, A: Tensor) -> Tensor:
         if self.q == 2:  # exactly the identity, without the rounding of powers
             return A
@@ -242,6 +251,11 @@ class Simplex(Retention):
     @property
     def along(self) -> str | None:
         return self.axis
+
+    def begin(self, A: Tensor, size: float) -> Tensor:
+        # Logits of deviation size sqrt(d_in): closer together, all units have one distribution, which no norm tells
+        # apart.
+        return A * (size * A.shape[-2] ** 0.5)
 
     def link(self, A: Tensor) -> Tensor:
         return _on_simplex(A, self.axis, self.scale)
@@ -282,6 +296,11 @@ class FDivergence(Retention):
     @property
     def gates(self) -> tuple[str, ...]:
         return ()
+
+    def begin(self, A: Tensor, size: float) -> Tensor:
+        # Logits of deviation size sqrt(d_in): closer together, all units have one distribution, which no norm tells
+        # apart.
+        return A * (size * A.shape[-2] ** 0.5)
 
     def link(self, A: Tensor) -> Tensor:
         return _on_simplex(A, self.axis, self.scale)

@@ -14,6 +14,7 @@ from miras.core.algorithm import Algorithm, GradientDescent
 from miras.core.bias import L2, Bias
 from miras.core.memory import Matrix, Memory, Weights
 from miras.core.retention import Decay, Retention
+from miras.core.schedule import Schedule
 from miras.core.state import Record, Tree
 from miras.core.typed import Typed
 
@@ -29,6 +30,7 @@ class Rule(Typed):
 
     With retention.towards = "initial" the second line is A_t = A_0 + (1 - forget_t) (A_{t-1} - A_0) + direction(S_t).
     `chunk_size` is the number of tokens that share one anchor. It is part of the model, not a speed setting.
+    `schedule` says which tokens move A, and whether y_t is read at W_t, at W_{t-1} or at the chunk's start.
     Raises TypeError for a choice of the wrong kind, ValueError for a combination that has no meaning.
     """
 
@@ -37,6 +39,7 @@ class Rule(Typed):
     retention: Retention = Decay()
     algorithm: Algorithm = GradientDescent()
     chunk_size: int = 16
+    schedule: Schedule = Schedule()
     form: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
     """What there is about it, beyond gradient steps on linear maps that decay, that a way to run it must know."""
     held: "Held" = field(init=False, repr=False, compare=False)
@@ -59,7 +62,7 @@ class Rule(Typed):
                     f"Rule: {', '.join(repr(getattr(self, n)) for n in _AXES)} has no meaning: {reason}"
                 )
 
-        form = self.algorithm.form | self.retention.form | self.memory.form
+        form = self.algorithm.form | self.retention.form | self.memory.form | self.schedule.form
         object.__setattr__(self, "form", form)
         object.__setattr__(self, "held", Held(self))
         object.__setattr__(self, "by_step", self._by_step())
@@ -89,21 +92,34 @@ class Held:
         return hash(self.rule)
 
 
-_AXES: dict[str, type] = {"memory": Memory, "bias": Bias, "retention": Retention, "algorithm": Algorithm}
-_EXAMPLES = {"memory": "Matrix()", "bias": "L2()", "retention": "Decay()", "algorithm": "GradientDescent()"}
+_AXES: dict[str, type] = {
+    "memory": Memory,
+    "bias": Bias,
+    "retention": Retention,
+    "algorithm": Algorithm,
+    "schedule": Schedule,
+}
+_EXAMPLES = {
+    "memory": "Matrix()",
+    "bias": "L2()",
+    "retention": "Decay()",
+    "algorithm": "GradientDescent()",
+    "schedule": "Schedule()",
+}
 
 
 @dataclass(frozen=True)
 class State(Record):
     """All that a memory needs to go on, as a value.
 
-    A: accumulator, S: surprise (empty without momentum), anchor: the weights gradients are taken at; each
-    {weight: (B, H, d_in, d_out)}. Where forgetting leads back to the initial accumulator A_0, A holds the difference
-    from it, and anchor that difference at the chunk's start: A_0 stays the model's, so that the outer loop moves it
-    also under a state that is carried. phase: (B,) int64, tokens already read of the open chunk (steps, where a
-    token takes several). retained: the same shapes, running product of 1 - forget in the open chunk (only if the
-    gradient is taken at the decayed memory and a chunk is longer than a token). recent: the open chunk's "key"
-    (B, H, C, Dk) and steps {weight: (B, H, C)}, zero where nothing was written (only with the step bound).
+    A: accumulator, S: surprise (empty without momentum; where steps are gathered, the sum of the open chunk's),
+    anchor: the weights gradients are taken at; each {weight: (B, H, d_in, d_out)}. Where forgetting leads back to
+    the initial accumulator A_0, A holds the difference from it, and anchor that difference at the chunk's start: A_0
+    stays the model's, so that the outer loop moves it also under a state that is carried. phase: (B,) int64, tokens
+    already read of the open chunk (steps, where a token takes several). retained: the same shapes, running product
+    of 1 - forget in the open chunk (only if the gradient is taken at the decayed memory and a chunk is longer than a
+    token, or steps are gathered). recent: the open chunk's "key" (B, H, C, Dk) and steps {weight: (B, H, C)}, zero
+    where nothing was written (only with the step bound).
     """
 
     A: Tree
@@ -249,7 +265,7 @@ def init_state(rule: Rule, A0: Tree) -> State:
         recent |= {n: first.new_zeros(B, H, rule.chunk_size) for n in A0}
     return State(
         A=A,
-        S={n: torch.zeros_like(a) for n, a in A0.items()} if rule.algorithm.momentum else {},
+        S={n: torch.zeros_like(a) for n, a in A0.items()} if carries_surprise(rule) else {},
         anchor=_anchor(rule, A),
         phase=torch.zeros(B, dtype=torch.long, device=first.device),
         retained=retained,
@@ -257,9 +273,14 @@ def init_state(rule: Rule, A0: Tree) -> State:
     )
 
 
+def carries_surprise(rule: Rule) -> bool:
+    """Whether S is part of the state: with momentum, or as the sum of the open chunk's steps."""
+    return rule.algorithm.momentum or rule.schedule.gathers
+
+
 def carries_retained(rule: Rule) -> bool:
     """Whether the open chunk's product of 1 - forget is part of the state."""
-    return rule.retention.decayed and rule.chunk_size > 1
+    return rule.schedule.gathers or (rule.retention.decayed and rule.chunk_size > 1)
 
 
 def close_chunk(rule: Rule, state: State) -> State:

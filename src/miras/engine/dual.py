@@ -17,11 +17,12 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.memory import Weights
 from miras.core.recurrence import norm, observed
-from miras.core.rule import Rule, State, close_chunk, gate_of
+from miras.core.rule import Rule, State, anchor_weights, close_chunk, gate_of
 from miras.core.state import Tree
 from miras.engine.chunks import Chunks, Fixed, begun, contiguous, written
 from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
@@ -53,7 +54,7 @@ def dual(
         state = state if j == 0 else begun(state, fresh, chunks, j)
         coefs = {n: c[j] for n, c in coefficients.items()}
         xs, ds, loss = factors(rule, state, k[j], v[j], {n: g[j] for n, g in gates.items()}, fixed, coefs)
-        reads.append(read(rule, state, q[j], xs, ds, coefs, fixed))
+        reads.append(read(rule, state, q[j], xs, ds, _at_read(rule, coefs), fixed))
         if trace is not None:
             trace.append(_watch(chunks, j, state, fixed.base, xs, ds, coefs, loss))
         after = advance(state, xs, ds, coefs)
@@ -78,7 +79,10 @@ def read(
     coefs: "dict[str, Coefficients]",
     fixed: Fixed,
 ) -> Tensor:
-    """What the tokens of a chunk read, (R, n, Dv), each at the weights that it leaves."""
+    """What the tokens of a chunk read, (R, n, Dv): each at the weights that its coefficients make of A and S."""
+    if rule.schedule.read == "start":
+        start = anchor_weights(rule, {n: a.flatten(0, 1) for n, a in state.anchor.items()}, fixed.base)
+        return rule.memory.apply(q, formed_flat(start, fixed.outer))
 
     def linear(name: str, x: Tensor) -> Tensor:
         c = coefs[name]
@@ -92,6 +96,16 @@ def read(
         raise AssertionError(f"weight {name!r} scales: such memories have their weights formed")
 
     return rule.memory.apply(q, Weights(linear, scale, {n: p[:, None] for n, p in fixed.outer.items()}))
+
+
+def formed_flat(W: Tree, outer: Tree) -> Weights:
+    """Weights (R, d_in, d_out) that are there as such, and outer parameters (R, width), beside (R, n, d)."""
+    return Weights(lambda n, x: x @ W[n], lambda n, x: x * W[n].mT, {n: p[:, None] for n, p in outer.items()})
+
+
+def _at_read(rule: Rule, coefs: "dict[str, Coefficients]") -> "dict[str, Coefficients]":
+    """The coefficients of what each token reads: its own, or those of the token before."""
+    return {n: c.earlier() for n, c in coefs.items()} if rule.schedule.read == "before" else coefs
 
 
 def advance(state: State, xs: Tree, ds: Tree, coefs: "dict[str, Coefficients]") -> State:
@@ -133,12 +147,23 @@ class Coefficients(NamedTuple):
     H: Tensor | None = None
     H0: Tensor | None = None
 
+    def earlier(self) -> "Coefficients":
+        """Of a read, those of the token before."""
+        first, table, first_S = _late(self.first, 1), _late(self.table, 0), _late(self.first_S, 0)
+        assert first is not None and table is not None
+        return self._replace(first=first, table=table, first_S=first_S)
+
     @staticmethod
     def of(lr: Tensor, keep: Tensor, first: Tensor, table: Tensor, **more: Tensor | None) -> "Coefficients":
         """With those of the last token."""
         return Coefficients(
             lr, keep, first, table, late=table[..., -1, :, None], kept=first[..., -1:, :], **more
         )
+
+
+def _late(x: Tensor | None, first: float) -> Tensor | None:
+    """x (..., n, m) one token later, with `first` for the first one."""
+    return None if x is None else F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
 
 
 def _each(c: Coefficients) -> list[Coefficients]:

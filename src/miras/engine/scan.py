@@ -23,6 +23,7 @@ from miras.engine.dual import dual
 from miras.engine.exact import blockwise, hebbian
 from miras.engine.formed import formed_per_token
 from miras.engine.graph import in_graph
+from miras.engine.per_chunk import per_chunk
 from miras.engine.plan import Plan, plan
 
 LONG = 256
@@ -151,6 +152,10 @@ def _unwatched(rule: Rule, call: Call, plan: Plan) -> bool:
     return plan.watch is None
 
 
+def _gathers(rule: Rule, call: Call, plan: Plan) -> bool:
+    return rule.schedule.gathers
+
+
 def _always(rule: Rule, call: Call, plan: Plan) -> bool:
     return True
 
@@ -161,25 +166,28 @@ def _by_channel(rule: Rule, gates: Gates) -> list[str]:
     return [name for (name, _), g in gates.items() if name in names and g.dim() == 5]
 
 
+MAPS = frozenset({"direction", "link"})
+READS = frozenset({"read before", "read start"})
 LINEAR = frozenset({"step_size", "step_bound", "steps", "decayed", "returns"})
-ONE_TOKEN = Way(
-    "one token", LINEAR - {"steps"} | {"momentum", "first_order", "direction", "link"}, _one_token, decode
-)
+DUAL = LINEAR | READS | {"momentum", "first_order"}
+
+ONE_TOKEN = Way("one token", LINEAR - {"steps"} | MAPS | {"momentum", "first_order"}, _one_token, decode)
 WAYS = (
     ONE_TOKEN,
     Way("hebbian blocks", LINEAR, _is_hebbian, hebbian),
     Way("blocks", LINEAR | {"momentum"}, _is_exact, blockwise),
     Way(
-        "mlp",
-        LINEAR | {"momentum", "first_order"},
-        _is_mlp,
-        partial(by_chunks, partial(dual, factors=mlp.factors)),
+        "per chunk",
+        LINEAR | MAPS | READS | {"advance", "first_order", "scale", "update by chunk"},
+        _gathers,
+        partial(by_chunks, per_chunk),
     ),
-    Way("per head", LINEAR | {"momentum", "first_order"}, _is_per_head, partial(by_chunks, dual)),
+    Way("mlp", DUAL, _is_mlp, partial(by_chunks, partial(dual, factors=mlp.factors))),
+    Way("per head", DUAL, _is_per_head, partial(by_chunks, dual)),
     Way("by channel", LINEAR | {"first_order", "link"}, _unwatched, partial(by_chunks, channels.run)),
     Way(
         "formed",
-        LINEAR | {"momentum", "first_order", "direction", "link", "scale"},
+        LINEAR | MAPS | {"momentum", "first_order", "scale"},
         _always,
         partial(by_chunks, formed_per_token),
     ),

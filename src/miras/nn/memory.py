@@ -15,7 +15,7 @@ from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2
 from miras.core.check import check, place
 from miras.core.memory import MLP, Matrix, Memory
-from miras.core.retention import Decay, FDivergence, LqNorm, Retention, Simplex
+from miras.core.retention import Decay, Retention
 from miras.core.rule import Call, Rule, State, anchor_weights, base_of, formed, init_state, named, weights
 from miras.core.state import Record, Tree
 from miras.core.typed import Typed
@@ -130,18 +130,18 @@ class Features(Typed):
         return None
 
 
-RULE_PARTS = tuple(f.name for f in dataclasses.fields(Rule))
+RULE_PARTS = tuple(f.name for f in dataclasses.fields(Rule) if f.init)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig(MixerConfig):
     """A memory as a sequence layer: a `MemoryLayer`.
 
-    rule: its four choices, whose fields (memory, bias, retention, algorithm, chunk_size) `changed` takes too; gates:
-    how its gates are made where that differs from `DEFAULT_GATES`, by name, or by name.weight for one weight of the
-    memory; conv_size: taps behind its projections, 0 for none; initial_scale: deviation of the initial memory times
-    sqrt(d_in); features: how queries, keys and values are made. Raises ValueError for gates that the rule does not
-    read.
+    rule: its choices, whose fields (memory, bias, retention, algorithm, chunk_size, schedule) `changed` takes too;
+    gates: how its gates are made where that differs from `DEFAULT_GATES`, by name, or by name.weight for one weight
+    of the memory; conv_size: taps behind its projections, 0 for none; initial_scale: deviation of the initial memory
+    times sqrt(d_in); features: how queries, keys and values are made. Raises ValueError for gates that the rule does
+    not read.
     """
 
     name: ClassVar[str] = "memory"
@@ -254,21 +254,15 @@ class InitialMemory(Precise):
         return ", ".join(f"{name} {tuple(a.shape)}" for name, a in self.named_parameters())
 
     def reset_parameters(self, retention: Retention) -> None:
-        """Normal with deviation scale / sqrt(d_in), and 0 for vectors (1, d_out), which are added.
-
-        For the L_q map A_0 is such that the weights have that size. Logits, of a simplex, have the deviation
-        `scale`: closer together, all units have the same distribution, and a norm must tell them apart.
-        """
-        logits = isinstance(retention, Simplex | FDivergence)
+        """As the retention begins with weights of deviation scale / sqrt(d_in); 0 for vectors, which are added."""
         for a in self.parameters():
-            size = self.scale * (1 if logits else a.shape[1] ** -0.5)
-            if not size or (a.shape[1] == 1 and a.shape[2] > 1):
+            vector = a.shape[1] == 1 and a.shape[2] > 1
+            if not self.scale or vector:
                 nn.init.zeros_(a)
                 continue
-            nn.init.normal_(a, std=size)
-            if isinstance(retention, LqNorm) and not retention.literal:  # of degree 1
-                with torch.no_grad():
-                    a.mul_(size / retention.link(a).square().mean((-2, -1), keepdim=True).sqrt())
+            nn.init.normal_(a)
+            with torch.no_grad():
+                a.copy_(retention.begin(a, self.scale * a.shape[1] ** -0.5))
 
     def forward(self, rows: int) -> dict[str, Tensor]:
         return {name: a.expand(rows, *a.shape) for name, a in self.named_parameters()}

@@ -14,6 +14,7 @@ from miras.core.algorithm import ALGORITHMS, Algorithm
 from miras.core.bias import BIASES, Bias
 from miras.core.memory import MEMORIES, Memory
 from miras.core.retention import RETENTIONS, Retention
+from miras.core.schedule import SCHEDULES, Schedule
 from miras.nn.attention import AttentionConfig
 from miras.nn.memory import MemoryConfig
 from miras.nn.mlp import SwiGLUConfig
@@ -29,6 +30,7 @@ KINDS: dict[type, dict[str, type]] = {
         (Bias, BIASES),
         (Retention, RETENTIONS),
         (Algorithm, ALGORITHMS),
+        (Schedule, SCHEDULES),
         (MixerConfig, (AttentionConfig, MemoryConfig, MACConfig, MAGConfig, MALConfig, SumConfig)),
         (MLPConfig, (SwiGLUConfig,)),
     )
