@@ -138,7 +138,7 @@ class ModelConfig(Sizes):
         """The config that `to_dict` wrote. Raises ValueError for unknown names or a newer format.
 
         `trust_remote_code` allows it to import and run what it names by import path. Without it, choices are the
-        library's own, and functions those of `FUNCTIONS`.
+        library's own, and functions those of `miras.nn.plain.FUNCTIONS`.
         """
         plain = dict(values)
         version = plain.pop("format_version", None)
