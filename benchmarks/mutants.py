@@ -336,10 +336,10 @@ def caught(mutant: Mutant, tree: Path, tests: list[str]) -> str | None:
     whole = path.read_text()
     folder, name = mutant.file.split("/")
     own = f"tests/{folder}/test_{name}"
-    first = [own] if (tree / own).exists() and any(own.startswith(test) for test in tests) else []
+    mine = (tree / own).exists() and any(own.startswith(test) for test in tests)
     path.write_text(whole.replace(mutant.text, mutant.instead))
     try:
-        return run(tree, [*first, *tests])
+        return (run(tree, [own]) if mine else None) or run(tree, tests)
     finally:
         path.write_text(whole)
 
