@@ -76,7 +76,7 @@ def token_by_token(rule: Rule, state: State, call: Call, watch: Watch | None) ->
     valid = everywhere if call.valid is None else call.valid
     writes = valid if call.write is None else valid & call.write
     starts = ~everywhere if call.reset is None else call.reset & valid
-    call = silent(call, valid)
+    call = silent(rule, call, valid)
     reads: list[Tensor] = []
     seen: list[Tree] = []
     for t in range(T):
@@ -237,14 +237,18 @@ def unrolled(rule: Rule, call: Call) -> tuple[Rule, Call]:
     return rule.by_step, call
 
 
-def silent(call: Call, valid: Tensor) -> Call:
-    """The call with 0 in place of whatever padding tokens hold; valid (B, T)."""
+def silent(rule: Rule, call: Call, valid: Tensor) -> Call:
+    """The call with 0 in place of whatever padding tokens hold; valid (B, T).
 
-    def silence(x: Tensor) -> Tensor:  # (B, H, T, ...)
-        return x.masked_fill(~valid[:, None].unflatten(-1, (-1, *[1] * (x.dim() - 3))), 0)
+    What a bias reads is 1 there: it may divide by it, and no number that is none may reach a gradient.
+    """
+
+    def silence(x: Tensor, quiet: float = 0.0) -> Tensor:  # (B, H, T, ...)
+        return x.masked_fill(~valid[:, None].unflatten(-1, (-1, *[1] * (x.dim() - 3))), quiet)
 
     q, k, v = (silence(x) for x in (call.q, call.k, call.v))
-    return replace(call, q=q, k=k, v=v, gates={n: silence(g) for n, g in call.gates.items()})
+    gates = {n: silence(g, float(n[0] in rule.bias.gates)) for n, g in call.gates.items()}
+    return replace(call, q=q, k=k, v=v, gates=gates)
 
 
 def observed(gates: Gates, lr: Tree, writes: Tensor | None) -> Tree:

@@ -115,7 +115,7 @@ def _even(
     # Masks may be there and hide nothing: only a single token's can on this layout.
     valid, start, write = (call.valid, call.reset, call.write) if T == 1 else (None, None, call.write)
     if valid is not None:  # keep the padding's numbers, whatever they are, out of every product
-        call = silent(call, valid)
+        call = silent(rule, call, valid)
         write = valid if write is None else valid & write
     if start is not None:
         start = (start if valid is None else start & valid)[:, 0]
@@ -169,13 +169,14 @@ def _grid(
         state = choose(layout.anew, fresh, state)
     if (source := layout.source) is not None:
 
-        def spread(x: Tensor) -> Tensor:  # (B, H, T, ...) to (B, H, N * C, ...), zeros where no token is
+        def spread(x: Tensor, quiet: float = 0.0) -> Tensor:  # (B, H, T, ...) to (B, H, N * C, ...)
             flat = x.flatten(3) if x.dim() > 3 else x[..., None]
             index = source[:, None, :, None].expand(B, H, N * C, flat.shape[-1])
-            return F.pad(flat, (0, 0, 0, 1)).gather(2, index).view(B, H, N * C, *x.shape[3:])
+            return F.pad(flat, (0, 0, 0, 1), value=quiet).gather(2, index).view(B, H, N * C, *x.shape[3:])
 
         q, k, v = spread(q), spread(k), spread(v)
-        gates = {n: spread(g) for n, g in gates.items()}
+        # Where no token is, a bias reads 1 and all else is 0, as in `silent`.
+        gates = {n: spread(g, float(n[0] in rule.bias.gates)) for n, g in gates.items()}
         write = None if write is None else F.pad(write, (0, 1)).gather(1, source)
     if write is not None:
         write = write.unflatten(1, (N, C))
