@@ -13,7 +13,7 @@ Condition = Literal["learning", "frozen", "frozen-warmed", "reset"]
 
 @dataclass(frozen=True, kw_only=True)
 class InfoOptions(ModelOptions):
-    """Show what a model is: its four choices, equations, gates, parameters, state and cost.
+    """Show what a model is: its choices, equations, gates, parameters, state and cost.
 
     Sizes given here replace the model's own, to see what they would make of it.
     """

@@ -7,6 +7,7 @@ import pytest
 from miras.core.algorithm import GradientDescent
 from miras.core.retention import Decay
 from miras.core.rule import Rule
+from miras.core.schedule import Schedule
 from miras.evaluate.describe import describe, equations
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
@@ -28,6 +29,18 @@ def test_numbers_are_those_of_the_model(name: str):
     remembering = [each for each in found["mixers"] if each["memories"]]
     assert (not remembering) == (name in ("transformer", "swa"))
     assert [each["name"] for each in found["mixers"]] == [each.name for each in config.pattern]
+
+
+def test_equations_follow_the_schedule():
+    gathered = equations(Rule(chunk_size=7, schedule=Schedule("chunk", "start")))
+    assert "S_t = S_{t-1} - lr_t grad_t" in gathered and "y_t = M(q_t; W_anchor)" in gathered
+    assert any("(prod_j (1 - forget_j)) A_{t-1} + S_t behind every 7 tokens" in line for line in gathered)
+    assert "y_t = M(q_t; W_{t-1})" in equations(Rule(schedule=Schedule(read="before")))
+
+
+def test_no_preset_is_updated_or_read_in_another_way():
+    rules = [memory.rule for name in presets() for memory in preset(name).memories()]
+    assert rules and all(rule.schedule == Schedule() for rule in rules)
 
 
 def test_equations_follow_the_choices():

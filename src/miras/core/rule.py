@@ -1,4 +1,4 @@
-"""A learned memory as four choices, what it is given in a call, and its state.
+"""A learned memory as five choices, what it is given in a call, and its state.
 
 Shapes: B rows, H heads, T tokens, Dk key width, Dv value width, C = chunk_size; (d_in, d_out) one weight.
 """
@@ -21,7 +21,7 @@ from miras.core.typed import Typed
 
 @dataclass(frozen=True)
 class Rule(Typed):
-    """A sequence model as memory structure x attentional bias x retention gate x memory algorithm (MIRAS 4.4).
+    """A sequence model: memory structure x attentional bias x retention gate x memory algorithm (MIRAS 4.4), and when.
 
     S_t = momentum_t S_{t-1} - lr_t grad_t
     A_t = (1 - forget_t) A_{t-1} + direction(S_t)
@@ -75,7 +75,7 @@ class Rule(Typed):
         return replace(self, algorithm=replace(self.algorithm, steps=1), chunk_size=size)  # pyright: ignore
 
     def gates(self) -> tuple[str, ...]:
-        """Names of the gates the four choices read, each given per token and head, or channel-wise."""
+        """Names of the gates the choices read, each given per token and head, or channel-wise."""
         return (*self.algorithm.gates, *self.retention.gates, *self.bias.gates)
 
 

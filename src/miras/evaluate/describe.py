@@ -1,4 +1,4 @@
-"""What a config says, in words and numbers: the four choices, their equations, gates, sizes and cost."""
+"""What a config says, in words and numbers: the choices, their equations, gates, sizes and cost."""
 
 import dataclasses
 import math
@@ -118,6 +118,10 @@ def choices(rule: Rule) -> dict[str, dict[str, str]]:
     return shown
 
 
+READ = {"after": "W_t", "before": "W_{t-1}", "start": "W_anchor"}
+"""At which weights a token reads."""
+
+
 def equations(rule: Rule) -> list[str]:
     """What one head does with token t, written for this rule."""
     algorithm, retention = rule.algorithm, rule.retention
@@ -146,6 +150,11 @@ def equations(rule: Rule) -> list[str]:
         )
     elif not retention.linear:
         moved = f"A_t = {type(retention).__name__}(A_{{t-1}}, {direction})"
+    before = "momentum_t S_{t-1} " if algorithm.momentum else ""
+    if rule.schedule.gathers:
+        before = "S_{t-1} "
+        moved = moved.replace("(1 - forget_t)", "(prod_j (1 - forget_j))")
+        moved += f" behind every {rule.chunk_size} tokens, then S_t = 0; else A_t = A_{{t-1}}"
     linked = FORMULAS.get(type(retention), lambda _: "link(A_t)")(retention)
     steps = [
         f"all this {algorithm.steps} times per token, with keys and values of its own; the last step is read"
@@ -154,10 +163,10 @@ def equations(rule: Rule) -> list[str]:
         f"grad_t = d bias(M(k_t; W), v_t) / d W at W = {anchor}, the weights at the start of t's chunk of "
         f"{rule.chunk_size}",
         *lines,
-        f"S_t = {'momentum_t S_{t-1} ' if algorithm.momentum else ''}{sign} {lr} grad_t",
+        f"S_t = {before}{sign} {lr} grad_t",
         moved,
         "W_t = A_t" if retention.direct else f"W_t = {linked}",
-        "y_t = M(q_t; W_t)",
+        f"y_t = M(q_t; {READ[rule.schedule.read]})",
         *(steps if algorithm.steps > 1 else []),
         f"M(x) = {FORMULAS.get(type(rule.memory), lambda m: repr(m))(rule.memory)}",
         f"bias(y, v) = {FORMULAS.get(type(rule.bias), lambda b: repr(b))(rule.bias)}",
@@ -215,12 +224,13 @@ def features(config: MemoryConfig) -> str:
 def design_space() -> list[dict[str, Any]]:
     """The presets as points of the design space: one row each, for `miras list`."""
     rows: list[dict[str, Any]] = []
+    shown = [axis for axis in AXES if axis != "schedule"]  # which is the same for all of them
     for name in presets():
         config = preset(name)
         row: dict[str, Any] = {"preset": name, "layers": " + ".join(each.name for each in config.pattern)}
-        row |= {axis: "" for axis in (*AXES, "gates")} | {"chunk": None, "source": SOURCES[name]}
+        row |= {axis: "" for axis in (*shown, "gates")} | {"chunk": None, "source": SOURCES[name]}
         for memory in config.memories():
-            row |= {axis: _short(getattr(memory.rule, axis)) for axis in AXES}
+            row |= {axis: _short(getattr(memory.rule, axis)) for axis in shown}
             made = memory.made()
             row["gates"] = ", ".join(_named(gate, made[gate]) for gate in memory.rule.gates())
             row["chunk"] = memory.rule.chunk_size

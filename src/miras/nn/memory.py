@@ -441,7 +441,7 @@ class MemoryOptions(TypedDict, total=False):
 class MemoryLayer(Mixer):
     """A memory as a drop-in sequence layer (Titans' LMM): out(norm(read) * silu(gate(x))).
 
-    hidden_size, num_heads; `rule` the four choices; `head_dim` the key width (default hidden_size / num_heads),
+    hidden_size, num_heads; `rule` its choices; `head_dim` the key width (default hidden_size / num_heads),
     `value_dim` the value width (default head_dim); `rope_theta` the base of rotary positions where `features` have
     them; gates, conv_size, initial_scale and features as those of `MemoryConfig`.
     """
