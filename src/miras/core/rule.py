@@ -21,7 +21,7 @@ from miras.core.typed import Typed
 
 @dataclass(frozen=True)
 class Rule(Typed):
-    """A sequence model: memory structure x attentional bias x retention gate x memory algorithm (MIRAS 4.4), and when.
+    """A sequence model: memory structure x attentional bias x retention gate x algorithm (MIRAS 4.4), and when.
 
     S_t = momentum_t S_{t-1} - lr_t grad_t
     A_t = (1 - forget_t) A_{t-1} + direction(S_t)
