@@ -17,7 +17,7 @@ from miras.core.rule import Call, Rule, State, init_state
 from miras.core.state import ordinary
 from miras.engine import scan
 from miras.engine.decode import decode
-from miras.engine.scan import planned, way_of
+from miras.engine.scan import ONE_TOKEN, planned, way_of
 
 TITANS = Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_bound=10.0), chunk_size=5)
 KEEPING = tuple(
@@ -32,7 +32,7 @@ TAKEN = (
     *(
         rule
         for rule in RULES
-        if type(rule.memory) in (Matrix, MLP) and rule.algorithm.steps == 1 and rule.retention.linear
+        if type(rule.memory) in (Matrix, MLP) and rule.form <= ONE_TOKEN.forms
         if rule.chunk_size < 16
     ),
 )

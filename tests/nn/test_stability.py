@@ -125,7 +125,7 @@ EXACT = [name for name, rule in RULES.items() if rule.chunk_size == 1]
 CORRECTING = [name for name in EXACT if isinstance(RULES[name].bias, L2)]
 
 
-@pytest.mark.parametrize("chunk_size", [16, 64])
+@pytest.mark.parametrize("chunk_size", [16, pytest.param(64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CHUNKED + CORRECTING)
 def test_default_gates(name, chunk_size):
     stays_finite(name, chunk_size, 2000)

@@ -100,7 +100,7 @@ def test_a_state_that_would_grow_is_not_carried(tmp_path, capsys):
     assert train(dataclasses.replace(whole, steps=4)) == 0
     assert "each step begins anew (--window-size bounds it)" in " ".join(capsys.readouterr().err.split())
     _, tensors, meta = load_checkpoint(checkpoints(tmp_path)[-1])
-    assert not [name for name in tensors if name.startswith("lanes")] and not meta["options"]["carry"]
+    assert not [name for name in tensors if name.startswith("lanes")] and not any(meta["lanes"])
     assert train(dataclasses.replace(whole, resume=True)) == 0
     assert len(losses(tmp_path)) == 9
 
