@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from miras.core.algorithm import GradientAscent, GradientDescent, Implicit, Muon
+from miras.core.algorithm import Algorithm, GradientAscent, GradientDescent, Implicit, Muon
 from miras.core.bias import L1, L2, Dot, Huber, LInf, Lp, Robust
 from miras.core.memory import MLP, GatedMLP, Matrix, Vector
 from miras.core.retention import (
@@ -22,7 +22,7 @@ from miras.core.retention import (
     Sigmoid,
     Simplex,
 )
-from miras.core.rule import Call, Rule, init_state
+from miras.core.rule import Call, Rule, init_state, pair_gates
 from miras.core.schedule import Schedule
 from miras.engine.scan import RECURRENCE, planned, way_of, ways
 
@@ -145,11 +145,21 @@ SCHEDULES = (
 )
 
 
-def scheduled(seed: int, count: int) -> tuple[Rule, ...]:
-    """Allowed rules with every schedule, of random choices on the other axes."""
+GATHERING = (*AXES[3], Muon(iterations=2, scale=0.1, momentum=False))
+WINDOWS = (
+    GradientDescent(window=2),
+    GradientDescent(momentum=True, window=4),
+    GradientDescent(first_order=True, window=7),
+    Muon(iterations=2, scale=0.1, window=3),
+)
+
+
+def drawn(
+    seed: int, count: int, schedules: tuple[Schedule, ...], algorithms: tuple[Algorithm, ...]
+) -> tuple[Rule, ...]:
+    """Allowed rules with each of the schedules, of random choices on the other axes."""
     draw, made = random.Random(seed), list[Rule]()
-    algorithms = (*AXES[3], Muon(iterations=2, scale=0.1, momentum=False))
-    for schedule in SCHEDULES:
+    for schedule in schedules:
         while sum(rule.schedule == schedule for rule in made) < count:
             memory, bias, retention, algorithm, size = map(draw.choice, (*AXES[:3], algorithms, AXES[4]))
             try:
@@ -159,8 +169,19 @@ def scheduled(seed: int, count: int) -> tuple[Rule, ...]:
     return tuple(dict.fromkeys(made))
 
 
-WIDE = covering(seed=0) + scheduled(seed=0, count=16)
-"""Every pair of choices over four axes and the chunk size, in some rule; and every schedule with some of them."""
+LINEAR = (Decay(), Decay(towards="initial"), Keep())
+WINDOWED = drawn(0, 12, (Schedule(),), WINDOWS) + tuple(
+    Rule(memory, bias, retention, algorithm, size, schedule)
+    for (memory, size, schedule), bias, retention, algorithm in zip(
+        itertools.product((Matrix(), MLP(depth=2, expansion=2)), (1, 3, 16), (Schedule(), *SCHEDULES[:2])),
+        itertools.cycle((L2(), Dot(), Huber(), Huber("coordinate"), Robust())),
+        itertools.cycle(LINEAR),
+        itertools.cycle(WINDOWS[:3]),
+    )
+)
+"""Gradients of several pairs: some of every kind, and those that the dual form has in every size and schedule."""
+WIDE = covering(seed=0) + drawn(0, 16, SCHEDULES, GATHERING) + WINDOWED
+"""Every pair of choices over four axes and the chunk size, in some rule; every schedule and window with some."""
 RULES = CLASSIC + RETURNING + WIDE
 LENGTHS = {1: 5, 3: 11, 16: 53, 64: 141}
 
@@ -204,7 +225,7 @@ class Problem:
         self.gates: dict[str, Tensor] = {}
         for gate in rule.gates():
             bias = gate in rule.bias.gates
-            own = not bias and self.random.random() < 0.3
+            own = gate not in pair_gates(rule) and self.random.random() < 0.3
             for tail in [f".{n}" for n in self.A0] if own else [""]:
                 shape: tuple[int, ...] = (B, H, T)
                 if gate == "lr" and steps:
@@ -229,7 +250,7 @@ class Problem:
         rule, tokens = self.rule, (self.B, self.H, self.T)
         if gate in rule.bias.gates:
             return [(*tokens, 1, Dv)] if gate in rule.bias.channelwise else []
-        if isinstance(rule.algorithm, Implicit) and gate == "lr":
+        if gate == "share" or (isinstance(rule.algorithm, Implicit) and gate == "lr"):
             return []
         mine = [shapes[tail[1:]]] if tail else list(shapes.values())
         found = []

@@ -10,6 +10,7 @@ from miras.core.memory import MLP, Vector
 from miras.core.recurrence import recurrence
 from miras.core.retention import Decay, Keep, Sigmoid
 from miras.core.rule import Rule, init_state
+from miras.core.schedule import Schedule
 from miras.engine import scan
 
 
@@ -89,6 +90,40 @@ def test_newton_schulz_of_nothing_is_nothing():
 def test_combinations_without_meaning(choices, reason):
     with pytest.raises(ValueError, match=f"^Rule: .* has no meaning: .*{reason}"):
         Rule(**choices)
+
+
+@pytest.mark.parametrize(
+    ("choices", "reason"),
+    [
+        ({"algorithm": GradientDescent(window=3, steps=2)}, "several steps per token"),
+        ({"algorithm": GradientDescent(window=3, step_bound=1.0)}, "a step bound"),
+        (
+            {"algorithm": GradientDescent(window=3), "schedule": Schedule("chunk"), "chunk_size": 4},
+            "update='chunk'",
+        ),
+        ({"algorithm": Muon(window=3), "retention": Decay(decayed=True)}, "a gradient at the decayed memory"),
+    ],
+)
+def test_what_a_window_does_not_go_with(choices, reason):
+    with pytest.raises(ValueError, match=f"a window of 3 pairs does not go with {reason}"):
+        Rule(**choices)
+
+
+@pytest.mark.parametrize("made", [lambda: GradientDescent(window=0), lambda: Muon(window=-1)])
+def test_a_window_has_a_pair(made):
+    with pytest.raises(ValueError, match="window must be a whole number of at least 1, got"):
+        made()
+
+
+def test_a_state_of_another_window():
+    rule = lambda c: Rule(algorithm=GradientDescent(window=c), chunk_size=1)  # noqa: E731
+    x = torch.ones(1, 1, 2, 2)
+    gates = {n: torch.ones(1, 1, 2) for n in rule(2).gates()}
+    state = init_state(rule(3), {"w": torch.zeros(1, 2, 2)})
+    with pytest.raises(ValueError, match="a window of 3 pairs, this one has 2"):
+        scan(rule(2), state, x, x, x, gates)
+    with pytest.raises(ValueError, match="a window"):
+        scan(rule(1), state, x, x, x, {n: gates[n] for n in rule(1).gates()})
 
 
 def test_momentum_between_steps():

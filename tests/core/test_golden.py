@@ -57,6 +57,21 @@ def test_l2_undecayed(function):
 
 
 @both
+def test_window(function):
+    # ATLAS' Omega rule with c = 2 and shares .5 (arXiv 2505.23735): a token's gradient is that of its own loss and
+    # of the loss of the pair before it, both at the weights that the token finds.
+    # t = 1: .5 [1, 0] (1 - 3) = [-1, 0];                                   W = .9 [1, 2] + .5 [1, 0] = [1.4, 1.8]
+    # t = 2: .5 [1, 0] (1.4 - 3) + .5 [0, 1] (1.8 - 1) = [-.8, .4];         W = .9 [1.4, 1.8] - .5 [-.8, .4]
+    # t = 3: .5 [0, 1] (1.42 - 1) + .5 [1, 1] (1.66 + 1.42 - 0) = [1.54, 1.75]; W = .9 [1.66, 1.42] - .5 [...]
+    gates = {"lr": 0.5, "forget": 0.1, "share": 0.5}
+    rule = Rule(algorithm=GradientDescent(window=2), chunk_size=1)
+    tokens = (((1, 0), 3, gates), ((0, 1), 1, gates), ((1, 1), 0, gates))
+    state, y = read(function, rule, *tokens)
+    is_close(state.A["w"].flatten().tolist(), [0.9 * 1.66 - 0.77, 0.9 * 1.42 - 0.875])
+    is_close(y, [3.2, 3.08, 1.127])
+
+
+@both
 def test_l2_decayed(function):
     # Gated DeltaNet (Yang et al. 2025): the gradient at .9 W: [1, 0] (.9 - 3) = [-2.1, 0].
     # W = .9 [1, 2] - .5 [-2.1, 0] = [.9 + 1.05, 1.8] = [1.95, 1.8]

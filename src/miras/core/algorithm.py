@@ -23,6 +23,8 @@ class Algorithm(Typed, ABC):
     """Pairs of key and value, and steps, of one token."""
     first_order: bool = False
     """Whether the outer gradient leaves out that inner gradients depend on the weights they are taken at."""
+    window: int = 1
+    """Pairs of key and value whose losses a token's gradient adds up, its own and those before it."""
 
     channelwise: ClassVar[bool] = True
     """Whether `lr` may differ by channel."""
@@ -30,7 +32,7 @@ class Algorithm(Typed, ABC):
     @property
     def gates(self) -> tuple[str, ...]:
         """Names of the gates that this choice reads."""
-        return ("lr", "momentum") if self.momentum else ("lr",)
+        return ("lr", *["momentum"] * self.momentum, *["share"] * (self.window > 1))
 
     @property
     def direct(self) -> bool:
@@ -45,6 +47,7 @@ class Algorithm(Typed, ABC):
             "step_bound": self.step_bound > 0,
             "steps": self.steps > 1,
             "first_order": self.first_order,
+            "window": self.window > 1,
         }
         own = overridden(self, Algorithm, ("step_size", "surprise", "direction"))
         return own | {name for name, there in options.items() if there}
@@ -63,7 +66,16 @@ class Algorithm(Typed, ABC):
 
     def refusal(self, rule: Any) -> str | None:
         """Why this algorithm has no meaning in a rule, or None."""
-        return None
+        if self.window == 1:
+            return None
+        others = {
+            "several steps per token": self.steps > 1,
+            "a step bound, which knows single keys": self.step_bound > 0,
+            "update='chunk'": rule.schedule.gathers,
+            "a gradient at the decayed memory": rule.retention.decayed,
+        }
+        found = [name for name, there in others.items() if there]
+        return f"a window of {self.window} pairs does not go with {found[0]}" if found else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,10 @@ class GradientDescent(Algorithm):
     that the one before it left; else all steps of the chunk at its anchor. Raises ValueError for values out of
     range, and for momentum with several steps, which has no published meaning.
 
+    `window` c > 1 (ATLAS' Omega rule): a token's gradient is that of sum_i share_i loss_i over the last c tokens of
+    its document, its own included, each at the weights of this token's chunk; `share` is a gate. Tokens that do not
+    write have no share.
+
     `first_order` is a control: values stay, but the outer gradient treats the weights that inner gradients are taken
     at as constants.
     """
@@ -90,6 +106,7 @@ class GradientDescent(Algorithm):
     step_bound: float = 0.0
     steps: int = 1
     first_order: bool = False
+    window: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,6 +115,7 @@ class GradientDescent(Algorithm):
             raise ValueError(
                 f"GradientDescent: steps must be a whole number of at least 1, got {self.steps!r}"
             )
+        _check_window("GradientDescent", self)
         if self.steps > 1 and self.momentum:
             raise ValueError(
                 f"GradientDescent: momentum between the {self.steps} steps of one token has no published meaning; "
@@ -156,6 +174,7 @@ class Muon(Algorithm):
     iterations: int = 5
     scale: float = 1.0
     momentum: bool = True
+    window: int = 1
     COEFFICIENTS: ClassVar[tuple[float, float, float]] = (3.4445, -4.7750, 2.0315)
 
     def __post_init__(self) -> None:
@@ -164,6 +183,7 @@ class Muon(Algorithm):
             raise ValueError(
                 f"Muon: iterations must be at least 1 and scale positive, got {self.iterations} and {self.scale}"
             )
+        _check_window("Muon", self)
 
     def direction(self, S: Tensor) -> Tensor:
         a, b, c = self.COEFFICIENTS
@@ -186,7 +206,7 @@ class Muon(Algorithm):
                 "the step of a single token's gradient would not depend on its lr: use momentum=True, or gather the "
                 "steps of a chunk of several tokens with Schedule(update='chunk')"
             )
-        return None
+        return super().refusal(rule)
 
 
 def bound_factors(overlap: Tensor, size: Tensor, strength: float) -> Tensor:
@@ -202,6 +222,11 @@ def product(x: Tensor) -> Tensor:
         x = torch.cat([x[..., : n // 2] * x[..., n // 2 : n - n % 2], odd], -1)
         n = x.shape[-1]
     return x[..., 0]
+
+
+def _check_window(name: str, algorithm: Algorithm) -> None:
+    if algorithm.window < 1:
+        raise ValueError(f"{name}: window must be a whole number of at least 1, got {algorithm.window!r}")
 
 
 def _check_bound(name: str, algorithm: Algorithm) -> None:

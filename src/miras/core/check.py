@@ -2,7 +2,7 @@
 
 import torch
 
-from miras.core.rule import Call, Gates, Rule, State, carries_retained, carries_surprise, spelled
+from miras.core.rule import Call, Gates, Rule, State, carries_retained, carries_surprise, pair_gates, spelled
 from miras.core.state import known
 
 
@@ -35,6 +35,7 @@ def check(rule: Rule, state: State, call: Call) -> None:
     parts = {
         "S": (bool(state.S), carries_surprise(rule), "momentum, or steps that are gathered,"),
         "retained": (bool(state.retained), carries_retained(rule), "a gradient at the decayed memory"),
+        "past": (bool(state.past), rule.algorithm.window > 1, "a window"),
         "recent": (bool(state.recent), rule.algorithm.step_bound > 0, "the step bound"),
     }
     for name, (there, needed, why) in parts.items():
@@ -44,6 +45,11 @@ def check(rule: Rule, state: State, call: Call) -> None:
                 f"with {why} have; begin with init_state(rule, A0)"
             )
     size = rule.by_step.chunk_size
+    if state.past and state.past["key"].shape[2] != rule.algorithm.window - 1:
+        there = state.past["key"].shape[2] + 1
+        raise ValueError(
+            f"scan: the state belongs to a rule with a window of {there} pairs, this one has {rule.algorithm.window}"
+        )
     if state.recent and state.recent["key"].shape[2] != size:
         raise _other_chunks(rule)
     _check_gates(rule, call.gates, want, (B, H, T), v.shape[-1])
@@ -89,11 +95,11 @@ def _other_chunks(rule: Rule) -> ValueError:
 def _check_gates(
     rule: Rule, gates: Gates, weights: dict[str, tuple[int, int]], tokens: tuple[int, int, int], d_value: int
 ) -> None:
-    read, of_bias = rule.gates(), rule.bias.gates
+    read, of_bias, of_pair = rule.gates(), rule.bias.gates, pair_gates(rule)
     steps = rule.algorithm.steps
     for (base, weight), gate in gates.items():
         name = spelled((base, weight))
-        if base not in read or (weight and (weight not in weights or base in of_bias)):
+        if base not in read or (weight and (weight not in weights or base in of_pair)):
             raise ValueError(f"scan: unknown gate {name!r}; this rule reads {', '.join(rule.gates())}")
         if base == "lr" and steps > 1:
             if gate.shape != (*tokens, steps):
@@ -109,7 +115,7 @@ def _check_gates(
             mine = [weights[weight]] if weight else list(weights.values())
             allowed = [(mine[0][0], 1)] * (len({m[0] for m in mine}) == 1)
             allowed += [(1, mine[0][1])] * (len({m[1] for m in mine}) == 1)
-            if base == "lr" and not rule.algorithm.channelwise:
+            if (base == "lr" and not rule.algorithm.channelwise) or base in of_pair:
                 allowed = []
             varies = gate.dim() == 5 and gate.shape[3:].numel() > 1 and ("output", "input")[gate.shape[3] > 1]
             if base == "forget" and varies and rule.retention.along in (varies, "all"):

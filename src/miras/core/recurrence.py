@@ -119,7 +119,7 @@ def _read_and_write(
         "weight": norm(weights(rule, after.A, base)),
     }
     phase = state.phase + there.long()
-    after = replace(after, phase=phase)
+    after = replace(after, phase=phase, past=_passed(rule, state.past, now, writes, there))
     return y, choose(phase == rule.chunk_size, close_chunk(rule, after), after), trace
 
 
@@ -170,7 +170,7 @@ def gradient(rule: Rule, state: State, base: Tree, now: Call, kept: Tree) -> tup
     Where the retention says so they have forgotten since: what they hold is multiplied by `kept`.
     """
     anchor = state.anchor
-    trees = (anchor, base, kept, now.gates, now.outer, {"k": now.k, "v": now.v})
+    trees = (anchor, base, kept, now.gates, now.outer, state.past, {"k": now.k, "v": now.v})
     create = torch.is_grad_enabled() and any(x.requires_grad for tree in trees for x in tree.values())
     with torch.enable_grad():
         if rule.algorithm.first_order:
@@ -183,10 +183,37 @@ def gradient(rule: Rule, state: State, base: Tree, now: Call, kept: Tree) -> tup
             n: w.view_as(w) if w.requires_grad and create else w.detach().requires_grad_()
             for n, w in W.items()
         }
-        pred = rule.memory.apply(now.k, formed(W, now.outer))
-        loss = inner_loss(rule, pred, now.v, bias_gates(rule, now.gates))
-        parts = torch.autograd.grad(loss.sum(), list(W.values()), create_graph=create)
-    return dict(zip(W, parts, strict=True)), loss
+        k, v, of_bias, share = _pairs(rule, state.past, now)
+        loss = inner_loss(rule, rule.memory.apply(k, formed(W, now.outer)), v, of_bias)
+        parts = torch.autograd.grad((loss * share).sum(), list(W.values()), create_graph=create)
+    return dict(zip(W, parts, strict=True)), loss[..., -1:]
+
+
+def _pairs(rule: Rule, past: Tree, now: Call) -> tuple[Tensor, Tensor, Tree, Tensor | float]:
+    """The pairs that a token's gradient takes in, what the bias reads of them, and each one's share."""
+    if not past:
+        return now.k, now.v, bias_gates(rule, now.gates), 1.0
+    pairs = {n: torch.cat([past[n], x], 2) for n, x in _own(rule, past, now).items()}
+    return pairs["key"], pairs["value"], {n: pairs[f"bias_{n}"] for n in rule.bias.gates}, pairs["share"]
+
+
+def _own(rule: Rule, past: Tree, now: Call) -> Tree:
+    """The token's own pair; what the bias reads may be a number per token where `past` holds channels."""
+    own = {"key": now.k, "value": now.v, "share": now.gates["share", ""]}
+    own |= {f"bias_{n}": g for n, g in bias_gates(rule, now.gates).items()}
+    return {
+        n: own[n].reshape(*own[n].shape[:3], -1).expand_as(x[:, :, :1]) if x.dim() > 3 else own[n]
+        for n, x in past.items()
+    }
+
+
+def _passed(rule: Rule, past: Tree, now: Call, writes: Tensor, there: Tensor) -> Tree:
+    """The pairs that the next token looks back on; one that was not written has no share."""
+    if not past:
+        return past
+    own = _own(rule, past, now)
+    own["share"] = torch.where(writes[:, None, None], own["share"], 0)
+    return choose(there, {n: torch.cat([past[n][:, :, 1:], x], 2) for n, x in own.items()}, past)
 
 
 def _steps(rule: Rule, state: State, now: Call) -> tuple[Tree, Tree]:

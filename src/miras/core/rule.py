@@ -119,7 +119,8 @@ class State(Record):
     already read of the open chunk (steps, where a token takes several). retained: the same shapes, running product
     of 1 - forget in the open chunk (only if the gradient is taken at the decayed memory and a chunk is longer than a
     token, or steps are gathered). recent: the open chunk's "key" (B, H, C, Dk) and steps {weight: (B, H, C)}, zero
-    where nothing was written (only with the step bound).
+    where nothing was written (only with the step bound). past: the pairs that a window looks back on, "key"
+    (B, H, window - 1, Dk), "value", "share" (B, H, window - 1), 0 for none, and what the bias read of them.
     """
 
     A: Tree
@@ -128,6 +129,7 @@ class State(Record):
     phase: Tensor
     retained: Tree
     recent: Tree
+    past: Tree = field(default_factory=dict[str, Tensor])
 
 
 Gates = dict[tuple[str, str], Tensor]
@@ -270,7 +272,25 @@ def init_state(rule: Rule, A0: Tree) -> State:
         phase=torch.zeros(B, dtype=torch.long, device=first.device),
         retained=retained,
         recent=recent,
+        past=_past(rule, first.new_zeros(B, H, rule.algorithm.window - 1), d_key, d_value),
     )
+
+
+def _past(rule: Rule, none: Tensor, d_key: int, d_value: int) -> Tree:
+    """No pairs before the first token; none (B, H, window - 1) zeros."""
+    if rule.algorithm.window == 1:
+        return {}
+    wide = lambda width: none[..., None].expand(*none.shape, width).clone()  # noqa: E731
+    past = {"key": wide(d_key), "value": wide(d_value), "share": none}
+    channels = rule.bias.channelwise
+    return past | {
+        f"bias_{n}": torch.ones_like(wide(d_value) if n in channels else none) for n in rule.bias.gates
+    }
+
+
+def pair_gates(rule: Rule) -> tuple[str, ...]:
+    """Gates that belong to a pair of key and value, and not to the weights: those of the bias, and its share."""
+    return (*rule.bias.gates, *["share"] * (rule.algorithm.window > 1))
 
 
 def carries_surprise(rule: Rule) -> bool:

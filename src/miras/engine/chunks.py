@@ -39,7 +39,7 @@ class Chunks(NamedTuple):
     """Chunks side by side.
 
     q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates (B, H, N, n), or channel-wise with two more axes; write
-    (B, N, n) or None for all; occupied (B, N) the rows that have a token there, or None for all; slots (B or 1, n)
+    (B, N, n) or None for all; there (B, N, n) which of them exist, or None for all; slots (B or 1, n)
     the places of the n tokens in their chunk; open: whether some row had read a part of the first chunk before;
     starts, per chunk, (B,) rows that begin a document there, or None; ends, per chunk, (B,) the phase after it, or
     None where all rows complete it.
@@ -51,7 +51,7 @@ class Chunks(NamedTuple):
     gates: Gates
     fixed: Fixed
     write: Tensor | None
-    occupied: Tensor | None
+    there: Tensor | None
     slots: Tensor
     open: bool
     starts: tuple[Tensor | None, ...]
@@ -136,7 +136,7 @@ def _even(
             gates={name: g[:, :, cut].unflatten(2, (N, n)) for name, g in call.gates.items()},
             fixed=fixed,
             write=None if write is None else write[:, cut].unflatten(1, (N, n)),
-            occupied=valid,
+            there=None if valid is None else valid[:, None],
             slots=begin[:, None] + torch.arange(n, device=call.q.device),
             open=opened,
             starts=(start,) * N,
@@ -187,7 +187,7 @@ def _grid(
         gates={name: g.unflatten(2, (N, C)) for name, g in gates.items()},
         fixed=fixed,
         write=write,
-        occupied=layout.occupied,
+        there=layout.there,
         slots=torch.arange(C, device=q.device)[None],
         open=layout.open,
         starts=layout.starts,
@@ -235,7 +235,7 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
     q, k, v = (x.split(sizes, 2) for x in chunks[:3])
     gates = {n: g.split(sizes, 2) for n, g in chunks.gates.items()}
     write = None if chunks.write is None else chunks.write.split(sizes, 1)
-    occupied = None if chunks.occupied is None else chunks.occupied.split(sizes, 1)
+    there = None if chunks.there is None else chunks.there.split(sizes, 1)
     bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     return [
         chunks._replace(
@@ -244,7 +244,7 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
             v=v[i],
             gates={n: g[i] for n, g in gates.items()},
             write=None if write is None else write[i],
-            occupied=None if occupied is None else occupied[i],
+            there=None if there is None else there[i],
             open=chunks.open and i == 0,
             starts=chunks.starts[bounds[i] : bounds[i + 1]],
             ends=chunks.ends[bounds[i] : bounds[i + 1]],

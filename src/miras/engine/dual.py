@@ -27,6 +27,7 @@ from miras.core.state import Tree
 from miras.engine.chunks import Chunks, Fixed, begun, contiguous, written
 from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
 from miras.engine.kernels import fast_advance, fast_read, products
+from miras.engine.window import windowed
 
 
 def dual(
@@ -53,11 +54,20 @@ def dual(
     for j in range(len(q)):
         state = state if j == 0 else begun(state, fresh, chunks, j)
         coefs = {n: c[j] for n, c in coefficients.items()}
-        xs, ds, loss = factors(rule, state, k[j], v[j], {n: g[j] for n, g in gates.items()}, fixed, coefs)
+        pairs, of_bias = (k[j], v[j]), {n: g[j] for n, g in gates.items()}
+        window = windowed(rule, state, chunks, j) if state.past else None
+        if window is not None:
+            pairs, of_bias = (window.k, window.v), window.gates
+            coefs = {n: c.banded(window.band) for n, c in coefs.items()}
+        xs, ds, loss = factors(rule, state, *pairs, of_bias, fixed, coefs)
+        if window is not None:
+            ds = {n: d * window.share for n, d in ds.items()}
         reads.append(read(rule, state, q[j], xs, ds, _at_read(rule, coefs), fixed))
         if trace is not None:
             trace.append(_watch(chunks, j, state, fixed.base, xs, ds, coefs, loss))
         after = advance(state, xs, ds, coefs)
+        if window is not None:
+            after = replace(after, past=window.past)
         end = chunks.ends[j]
         if end is not None:
             kept = {n: coefs[n].kept.unflatten(0, (B, H)) for n in state.retained}
@@ -65,7 +75,7 @@ def dual(
             state = leave_open(rule, after, chunks, j, end)
         else:
             closed = close_chunk(rule, state) if closed is None else closed
-            state = replace(closed, A=after.A, S=after.S, anchor=after.A)
+            state = replace(closed, A=after.A, S=after.S, anchor=after.A, past=after.past)
     y = reads[0] if len(reads) == 1 else torch.cat(reads, 1)
     return y.unflatten(0, (B, H)), contiguous(state)
 
@@ -146,6 +156,13 @@ class Coefficients(NamedTuple):
     carry: Tensor | None = None
     H: Tensor | None = None
     H0: Tensor | None = None
+
+    def banded(self, band: Tensor) -> "Coefficients":
+        """Where a token writes the pairs that its row of the band (..., n, m + n) names, and not its own alone."""
+        wide = lambda x: None if x is None else (x.mT @ band).mT  # noqa: E731
+        late, last = wide(self.late), wide(self.last)
+        assert late is not None
+        return self._replace(table=self.table @ band, late=late, last=last)
 
     def earlier(self) -> "Coefficients":
         """Of a read, those of the token before."""

@@ -65,7 +65,7 @@ def per_chunk(
 
 def _ends(chunks: Chunks, j: int) -> Tensor:
     """The rows (B,) that complete chunk j."""
-    end, there = chunks.ends[j], None if chunks.occupied is None else chunks.occupied[:, j]
+    end, there = chunks.ends[j], None if chunks.there is None else chunks.there[:, j].any(-1)
     rows = torch.ones(len(chunks.q), dtype=torch.bool, device=chunks.q.device) if end is None else end == 0
     return rows if there is None else rows & there
 

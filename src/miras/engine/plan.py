@@ -211,8 +211,7 @@ class Grid:
     """Rows at different places, holes and documents: each row's tokens on its own grid of `count` chunks.
 
     open: whether a row goes on with a chunk. place (B, T) the tokens' slots, -1 for padding; source (B, N C) the
-    token in each slot, T for none, or None where nothing moves; there (B, N, C) which slots hold one, occupied
-    (B, N) which chunks, None for all.
+    token in each slot, T for none, or None where nothing moves; there (B, N, C) which slots hold one, None for all.
     By chunk, starts (B,) the rows that begin a document with it, None for no row, and ends (B,) the place that they
     have reached in their chunk, None where all complete it. anew (B,): rows whose first token begins a document.
     """
@@ -222,7 +221,6 @@ class Grid:
     place: Tensor
     source: Tensor | None
     there: Tensor | None
-    occupied: Tensor | None
     starts: tuple[Tensor | None, ...]
     ends: tuple[Tensor | None, ...]
     anew: Tensor | None
@@ -255,7 +253,6 @@ def _laid(plan: Plan, size: int, phases: list[int]) -> Even | Grid:
         place=place.to(device),
         source=source.to(device) if moved else None,
         there=None if bool(there.all()) else there.to(device),
-        occupied=None if bool(there.any(-1).all()) else there.any(-1).to(device),
         starts=tuple(s.to(device) if bool(s.any()) else None for s in starts.unbind(1)),
         ends=tuple(ends),
         anew=anew.to(device) if bool(anew.any()) else None,

@@ -145,7 +145,8 @@ def _is_mlp(rule: Rule, call: Call, plan: Plan) -> bool:
 
 
 def _is_per_head(rule: Rule, call: Call, plan: Plan) -> bool:
-    return not _by_channel(rule, call.gates)
+    watched = plan.watch is not None and rule.algorithm.window > 1
+    return not (watched or _by_channel(rule, call.gates))
 
 
 def _unwatched(rule: Rule, call: Call, plan: Plan) -> bool:
@@ -169,7 +170,7 @@ def _by_channel(rule: Rule, gates: Gates) -> list[str]:
 MAPS = frozenset({"direction", "link"})
 READS = frozenset({"read before", "read start"})
 LINEAR = frozenset({"step_size", "step_bound", "steps", "decayed", "returns"})
-DUAL = LINEAR | READS | {"momentum", "first_order"}
+DUAL = LINEAR | READS | {"momentum", "first_order", "window"}
 
 ONE_TOKEN = Way("one token", LINEAR - {"steps"} | MAPS | {"momentum", "first_order"}, _one_token, decode)
 WAYS = (

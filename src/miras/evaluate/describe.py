@@ -159,9 +159,11 @@ def equations(rule: Rule) -> list[str]:
     steps = [
         f"all this {algorithm.steps} times per token, with keys and values of its own; the last step is read"
     ]
+    loss = "bias(M(k_t; W), v_t)"
+    if algorithm.window > 1:
+        loss = f"sum_i share_i bias(M(k_i; W), v_i), i = t - {algorithm.window - 1}, ..., t,"
     return [
-        f"grad_t = d bias(M(k_t; W), v_t) / d W at W = {anchor}, the weights at the start of t's chunk of "
-        f"{rule.chunk_size}",
+        f"grad_t = d {loss} / d W at W = {anchor}, the weights at the start of t's chunk of {rule.chunk_size}",
         *lines,
         f"S_t = {before}{sign} {lr} grad_t",
         moved,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.core.rule import Rule
+from miras.core.rule import Rule, pair_gates
 from miras.core.typed import Typed
 
 
@@ -173,7 +173,7 @@ class Output(NamedTuple):
 def unread(rule: Rule, gates: Mapping[str, Gate]) -> str | None:
     """Which of these gates a rule does not read, as a reason to refuse them, or None."""
     read = rule.gates()
-    own = [name for name in read if name not in rule.bias.gates]
+    own = [name for name in read if name not in pair_gates(rule)]
     known = {*read, *(f"{name}.{n}" for name in own for n in rule.memory.shapes(2, 2))}
     surplus = [name for name in gates if name not in known]
     return (
@@ -245,7 +245,7 @@ def gate_outputs(rule: Rule, gates: Mapping[str, Gate], d_key: int, d_value: int
     found: list[Output] = []
     for base in rule.gates():
         own = [n for n in weights if gates[base].per_weight or f"{base}.{n}" in gates]
-        own = [] if base in rule.bias.gates else own
+        own = [] if base in pair_gates(rule) else own
         if len(own) < len(weights) and gates[base].follows is None:
             found.append(output(base, gates[base]))
         found += [output(f"{base}.{n}", gates.get(f"{base}.{n}", gates[base])) for n in own]

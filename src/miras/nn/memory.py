@@ -64,6 +64,7 @@ DEFAULT_GATES: dict[str, Gate] = {
     "forget": Gate(bias=-5.0),
     "delta": Gate("softplus", bias=0.5413),
     "radius": Gate("softplus", bias=-2.25),
+    "share": Gate(),
 }
 """Stable (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.25, little forgetting; Huber's
 threshold about 1 and the radius of the robust bias about 0.1 at first."""
