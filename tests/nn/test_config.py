@@ -131,7 +131,14 @@ def test_a_file_says_everything_that_a_model_is():
     }
     memory = mag["memory"]
     assert set(memory) == {"name", "rule", "gates", "conv_size", "initial_scale", "features"}
-    assert set(memory["rule"]["algorithm"]) == {"name", "momentum", "step_bound", "steps", "first_order", "window"}
+    assert set(memory["rule"]["algorithm"]) == {
+        "name",
+        "momentum",
+        "step_bound",
+        "steps",
+        "first_order",
+        "window",
+    }
     assert memory["gates"]["lr"]["rank"] == 32 and memory["features"]["keys"] == "projected"
     assert written["mlp"] == {"name": "swiglu"} and written["intermediate_size"] is None
 
