@@ -218,12 +218,37 @@ MUTANTS = (
         "return side, by_d, side.clone().mul_(keys).sum(-1, keepdim=True)",
         "the gradient of keys where weights are wide",
     ),
-    Mutant("engine/mlp.py", "None, by_k, -by_e, *by_W", "None, by_k, by_e, *by_W", "the gradient of v"),
+    # the scan of an MLP
+    Mutant("engine/mlp.py", "return by_k, -by_e, by_W", "return by_k, by_e, by_W", "the gradient of v"),
     Mutant(
         "engine/mlp.py",
-        "by_k = by_e.clone() if residual else torch.zeros_like(k)",
-        "by_k = torch.zeros_like(k)",
+        "by_k = by_x[0] + by_e if form.residual else by_x[0]",
+        "by_k = by_x[0]",
         "the gradient of k through the residual",
+    ),
+    Mutant(
+        "engine/mlp.py",
+        "z[:, -1] += w",
+        "z[:, -1] += 0",
+        "the gradient of the initial memory through what is written",
+    ),
+    Mutant(
+        "engine/mlp.py",
+        "apart=chunks.open or any(end is not None for end in chunks.ends),",
+        "apart=chunks.open,",
+        "the anchor of a row that ended in an earlier group",
+    ),
+    Mutant(
+        "engine/mlp.py",
+        "by_h.append(bent[i] * by_d[i])",
+        "by_h.append(0 * by_d[i])",
+        "the second derivative of gelu",
+    ),
+    Mutant(
+        "engine/mlp.py",
+        "f += mine.masked_fill(~rows[..., None], 0)",
+        "f += 0",
+        "the gradient of what a document begins with",
     ),
     # other forms
     Mutant(

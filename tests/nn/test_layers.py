@@ -423,8 +423,8 @@ def test_observation_through_a_model():
         for name, x in seen[layer].items():
             assert x.shape == (B, HEADS, T) and x.isfinite().all() and (x >= 0).all(), name
             assert x.std() > 0
-    # Watching changes nothing, and nothing is seen outside.
-    assert torch.equal(whole, model(tokens)[0])
+    # Watching changes nothing but roundings, where it takes another way, and nothing is seen outside.
+    assert torch.allclose(whole, model(tokens)[0], rtol=0, atol=1e-12)
     assert seen["layers.1"]["loss"].shape == (B, HEADS, T)
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from miras.core.memory import Weights
 from miras.core.rule import Rule, State, close_chunk, gate_of
 from miras.core.state import Tree
-from miras.engine import mlp, tiles
+from miras.engine import tiles
 from miras.engine.chunks import Chunks, begun, contiguous
 from miras.engine.exact import met_by_key_channel
+from miras.engine.factors import factors, has_factors
 from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
 from miras.engine.kernels import products, recorded, through
 from miras.engine.recompute import recomputed
@@ -80,8 +81,8 @@ def run(
         end = chunks.ends[j]
         kept = {n: g.before[:, j] for n, g in gated.items()}
         gates = {n: g[j] for n, g in of_bias.items()}
-        if mlp.has_factors(rule):
-            x, d, _ = mlp.factors(rule, state, k[j], v[j], gates, fixed, {})
+        if has_factors(rule):
+            x, d = factors(rule, state, k[j], v[j], fixed)
         else:
             decayed = kept if rule.retention.decayed else None
             x, d, _ = gradient_factors(rule, state, k[j], v[j], gates, fixed, decayed)

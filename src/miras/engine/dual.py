@@ -45,7 +45,7 @@ def dual(
     factors = at_the_anchor if factors is None else factors
     state = begun(state, fresh, chunks, 0)
     B, H = chunks.q.shape[:2]
-    coefficients = {n: _each(c) for n, c in _coefficients(rule, state, chunks, trace is not None).items()}
+    tables = {n: _each(c) for n, c in coefficients(rule, state, chunks, trace is not None).items()}
     gates = {name: by_chunk(g) for name, g in gates_of_bias(rule, chunks).items()}
     fixed = chunks.fixed.by_head(B)
     q, k, v = map(by_chunk, chunks[:3])
@@ -53,7 +53,7 @@ def dual(
     reads: list[Tensor] = []
     for j in range(len(q)):
         state = state if j == 0 else begun(state, fresh, chunks, j)
-        coefs = {n: c[j] for n, c in coefficients.items()}
+        coefs = {n: c[j] for n, c in tables.items()}
         pairs, of_bias = (k[j], v[j]), {n: g[j] for n, g in gates.items()}
         window = windowed(rule, state, chunks, j) if state.past else None
         if window is not None:
@@ -188,7 +188,7 @@ def _each(c: Coefficients) -> list[Coefficients]:
     return [Coefficients(*chunk) for chunk in zip(*parts, strict=True)]
 
 
-def _coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dict[str, Coefficients]:
+def coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dict[str, Coefficients]:
     """The coefficients of every weight, all chunks at once, from gates and keys."""
     write = None if chunks.write is None else chunks.write[:, None]
     open_chunk = rule.algorithm.step_bound > 0 and chunks.open

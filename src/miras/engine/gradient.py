@@ -145,7 +145,11 @@ def leave_open(rule: Rule, state: State, chunks: Chunks, j: int, phase: Tensor) 
             return old.scatter(2, index, new)
 
         size = rule.algorithm.step_size
-        lr = {n_: per_head(size(gate_of(chunks.gates, "lr", n_)[:, :, j], k)) for n_ in state.A}
+        lr = {
+            n_: per_head(size(gate_of(chunks.gates, "lr", n_)[:, :, j], k))
+            for n_ in state.recent
+            if n_ != "key"
+        }
         recent = {"key": put(state.recent["key"], k)}
         recent |= {n_: put(state.recent[n_][..., None], x[..., None])[..., 0] for n_, x in lr.items()}
     state = replace(state, phase=phase, recent=recent)

@@ -21,6 +21,7 @@ from miras.engine.chunks import by_chunks
 from miras.engine.decode import decode, has_form
 from miras.engine.dual import dual
 from miras.engine.exact import blockwise, hebbian
+from miras.engine.factors import has_factors
 from miras.engine.formed import formed_per_token
 from miras.engine.graph import in_graph
 from miras.engine.per_chunk import per_chunk
@@ -141,7 +142,7 @@ def _is_hebbian(rule: Rule, call: Call, plan: Plan) -> bool:
 
 
 def _is_mlp(rule: Rule, call: Call, plan: Plan) -> bool:
-    return mlp.has_factors(rule) and plan.watch is None and not _by_channel(rule, call.gates)
+    return has_factors(rule) and plan.watch is None and not _by_channel(rule, call.gates)
 
 
 def _is_per_head(rule: Rule, call: Call, plan: Plan) -> bool:
@@ -183,7 +184,7 @@ WAYS = (
         _gathers,
         partial(by_chunks, per_chunk),
     ),
-    Way("mlp", DUAL, _is_mlp, partial(by_chunks, partial(dual, factors=mlp.factors))),
+    Way("mlp", DUAL - {"read start", "window"}, _is_mlp, partial(by_chunks, mlp.run)),
     Way("per head", DUAL, _is_per_head, partial(by_chunks, dual)),
     Way("by channel", LINEAR | {"first_order", "link"}, _unwatched, partial(by_chunks, channels.run)),
     Way(
