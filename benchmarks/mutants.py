@@ -116,14 +116,14 @@ MUTANTS = (
     ),
     Mutant(
         "core/recurrence.py",
-        "phase = state.phase + valid[:, t].long()",
+        "phase = state.phase + there.long()",
         "phase = state.phase + 1",
         "padding takes a place in a chunk",
     ),
     Mutant(
         "core/recurrence.py",
-        "W = weights(rule, after.A, base)",
-        "W = weights(rule, state.A, base)",
+        'at = {"after": after.A, "before": state.A}',
+        'at = {"after": state.A, "before": state.A}',
         "a token reads before it writes",
     ),
     Mutant(
@@ -321,8 +321,8 @@ MUTANTS = (
     Mutant("engine/chunks.py", "open=chunks.open and i == 0", "open=False", "groups forget an open chunk"),
     Mutant(
         "engine/scan.py",
-        "return mlp.has_factors(rule) and plan.watch is None and not _by_channel(rule, call.gates)",
-        "return mlp.has_factors(rule) and not _by_channel(rule, call.gates)",
+        "return has_factors(rule) and plan.watch is None and not _by_channel(rule, call.gates)",
+        "return has_factors(rule) and not _by_channel(rule, call.gates)",
         "a watched call takes the way that knows no inner loss",
     ),
 )
