@@ -119,7 +119,7 @@ def test_a_state_of_another_window():
     rule = lambda c: Rule(algorithm=GradientDescent(window=c), chunk_size=1)  # noqa: E731
     x = torch.ones(1, 1, 2, 2)
     gates = {n: torch.ones(1, 1, 2) for n in rule(2).gates()}
-    state = init_state(rule(3), {"w": torch.zeros(1, 2, 2)})
+    state = init_state(rule(3), {"w": torch.zeros(1, 1, 2, 2)})
     with pytest.raises(ValueError, match="a window of 3 pairs, this one has 2"):
         scan(rule(2), state, x, x, x, gates)
     with pytest.raises(ValueError, match="a window"):
