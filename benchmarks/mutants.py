@@ -152,14 +152,16 @@ MUTANTS = (
     ),
     Mutant(
         "core/rule.py",
-        "begin = torch.zeros_like if rule.retention.returns else torch.clone",
+        'begin = torch.zeros_like if "returns" in rule.form else torch.clone',
         "begin = torch.clone",
         "the initial memory counts twice where forgetting leads back to it",
     ),
     # the dual form and what it is made of
-    Mutant("engine/dual.py", "table=steps @ H * step", "table=H @ steps * step", "keep and momentum swapped"),
     Mutant(
-        "engine/dual.py",
+        "engine/tables.py", "table=steps @ H * step", "table=H @ steps * step", "keep and momentum swapped"
+    ),
+    Mutant(
+        "engine/tables.py",
         "first_S = steps @ H0[..., None]",
         "first_S = H0[..., None]",
         "old surprise is not summed up",
@@ -171,19 +173,19 @@ MUTANTS = (
         "a read without the initial memory",
     ),
     Mutant(
-        "engine/dual.py",
-        "key = tuple(id(g) for g in mine)",
-        "key = tuple(id(g) for g in mine[:1])",
+        "engine/tables.py",
+        "key = tuple(id(g) for g in own.values())",
+        'key = (id(own["lr"]),)',
         "weights that share lr share all their gates",
     ),
     Mutant(
-        "engine/dual.py",
+        "engine/tables.py",
         "steps = steps * write[..., None, :]",
         "steps = steps * 1",
         "an unwritten token's momentum is written",
     ),
     Mutant(
-        "engine/gradient.py",
+        "engine/tables.py",
         "abs().tril(-1)",
         "abs().tril()",
         "a token's step is bounded by its own key",
@@ -195,7 +197,7 @@ MUTANTS = (
         "the keys of an open chunk are lost",
     ),
     Mutant(
-        "engine/kernels.py",
+        "engine/tables.py",
         "return found + F.pad((table[..., :-1, :] * after).sum(-1), (1, 0))",
         "return found + F.pad((table[..., :-1, :] * after).sum(-1), (0, 1))",
         "the gradient of products, a token off",

@@ -285,7 +285,7 @@ def last_layer(rule: Rule) -> dict[str, Gate]:
             f"last_layer: {rule.memory} has one layer, so there is none to leave as it begins; give a deeper one, "
             f"such as MLP()"
         )
-    return {f"{name}.{n}": NEVER for name in (*rule.algorithm.gates, *rule.retention.gates) for n in still}
+    return {f"{name}.{n}": NEVER for name in rule.update_gates for n in still}
 
 
 def parameters(config: ModelConfig) -> int:

@@ -60,27 +60,6 @@ def gelu_bend(x: Tensor) -> Tensor:
     return torch.addcmul(x.new_full((), 2.0), x, x, value=-1).mul_(bell)
 
 
-def silu(x: Tensor) -> Tensor:
-    """x sigmoid(x); behind a convolution it keeps nothing of its own for the backward pass."""
-    return F.silu(x) if _plain() else _Silu.apply(x)
-
-
-class _Silu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        save_lean(ctx, (x,), ())
-        return F.silu(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        (g,) = grads
-        (x,) = saved_lean(ctx)
-        if torch.is_grad_enabled():
-            share = torch.sigmoid(x)
-            return g * share * (1 + x * (1 - share))
-        return torch.ops.aten.silu_backward.default(g, x)
-
-
 def made(by: Callable[..., Tensor], y: Tensor, *parts: Tensor) -> Tensor:
     """y, with a note that it is by(*parts): cheap to make again from what is kept anyway (see `save_lean`)."""
     setattr(y, _MADE, (by, parts))

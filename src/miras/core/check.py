@@ -27,31 +27,7 @@ def check(rule: Rule, state: State, call: Call) -> None:
     B, H, T, d_key = q.shape
     want = rule.memory.shapes(d_key, v.shape[-1])
     got = {n: tuple(a.shape) for n, a in state.A.items()}
-    if got != {n: (B, H, *shape) for n, shape in want.items()}:
-        raise ValueError(
-            f"scan: the state belongs to another memory: for {B} rows, {H} heads and widths {d_key}, "
-            f"{v.shape[-1]} the weights are {want}, the state holds {got}"
-        )
-    parts = {
-        "S": (bool(state.S), carries_surprise(rule), "momentum, or steps that are gathered,"),
-        "retained": (bool(state.retained), carries_retained(rule), "a gradient at the decayed memory"),
-        "past": (bool(state.past), rule.algorithm.window > 1, "a window"),
-        "recent": (bool(state.recent), rule.algorithm.step_bound > 0, "the step bound"),
-    }
-    for name, (there, needed, why) in parts.items():
-        if there != needed:
-            raise ValueError(
-                f"scan: the state belongs to another rule: it holds {'a' if there else 'no'} {name}, which rules "
-                f"with {why} have; begin with init_state(rule, A0)"
-            )
-    size = rule.by_step.chunk_size
-    if state.past and state.past["key"].shape[2] != rule.algorithm.window - 1:
-        there = state.past["key"].shape[2] + 1
-        raise ValueError(
-            f"scan: the state belongs to a rule with a window of {there} pairs, this one has {rule.algorithm.window}"
-        )
-    if state.recent and state.recent["key"].shape[2] != size:
-        raise _other_chunks(rule)
+    check_state(rule, state, (B, H), d_key, v.shape[-1])
     _check_gates(rule, call.gates, want, (B, H, T), v.shape[-1])
     for name, mask in (("valid", call.valid), ("write", call.write), ("reset", call.reset)):
         if mask is not None and (mask.shape != (B, T) or mask.dtype != torch.bool):
@@ -74,6 +50,37 @@ def check(rule: Rule, state: State, call: Call) -> None:
             f"scan: {rule.memory} needs the outer parameters {shapes or 'none'}; got {held or 'none'}; give them as "
             f"outer="
         )
+
+
+def check_state(rule: Rule, state: State, rows: tuple[int, int], d_key: int, d_value: int) -> None:
+    """Raise ValueError where a state is not one of this rule, for (B, H) rows and heads of these widths."""
+    want = rule.memory.shapes(d_key, d_value)
+    got = {n: tuple(a.shape) for n, a in state.A.items()}
+    if got != {n: (*rows, *shape) for n, shape in want.items()}:
+        raise ValueError(
+            f"scan: the state belongs to another memory: for {rows[0]} rows, {rows[1]} heads and widths {d_key}, "
+            f"{d_value} the weights are {want}, the state holds {got}"
+        )
+    parts = {
+        "S": (bool(state.S), carries_surprise(rule), "momentum, or steps that are gathered,"),
+        "retained": (bool(state.retained), carries_retained(rule), "a gradient at the decayed memory"),
+        "past": (bool(state.past), rule.algorithm.window > 1, "a window"),
+        "recent": (bool(state.recent), rule.algorithm.step_bound > 0, "the step bound"),
+    }
+    for name, (there, needed, why) in parts.items():
+        if there != needed:
+            raise ValueError(
+                f"scan: the state belongs to another rule: it holds {'a' if there else 'no'} {name}, which rules "
+                f"with {why} have; begin with init_state(rule, A0)"
+            )
+    size = rule.by_step.chunk_size
+    if state.past and state.past["key"].shape[2] != rule.algorithm.window - 1:
+        there = state.past["key"].shape[2] + 1
+        raise ValueError(
+            f"scan: the state belongs to a rule with a window of {there} pairs, this one has {rule.algorithm.window}"
+        )
+    if state.recent and state.recent["key"].shape[2] != size:
+        raise _other_chunks(rule)
 
 
 def place(rule: Rule, state: State) -> list[int]:

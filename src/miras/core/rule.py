@@ -3,7 +3,7 @@
 Shapes: B rows, H heads, T tokens, Dk key width, Dv value width, C = chunk_size; (d_in, d_out) one weight.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -45,6 +45,8 @@ class Rule(Typed):
     held: "Held" = field(init=False, repr=False, compare=False)
     by_step: "Rule" = field(init=False, repr=False, compare=False)
     """The rule whose tokens are the single steps of this one's: the same, unless a token takes several."""
+    update_gates: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
+    """Names of the gates that the algorithm and the retention read."""
 
     def __post_init__(self) -> None:
         for name, kind in _AXES.items():
@@ -64,6 +66,7 @@ class Rule(Typed):
 
         form = self.algorithm.form | self.retention.form | self.memory.form | self.schedule.form
         object.__setattr__(self, "form", form)
+        object.__setattr__(self, "update_gates", (*self.algorithm.gates, *self.retention.gates))
         object.__setattr__(self, "held", Held(self))
         object.__setattr__(self, "by_step", self._by_step())
 
@@ -76,7 +79,7 @@ class Rule(Typed):
 
     def gates(self) -> tuple[str, ...]:
         """Names of the gates the choices read, each given per token and head, or channel-wise."""
-        return (*self.algorithm.gates, *self.retention.gates, *self.bias.gates)
+        return (*self.update_gates, *self.bias.gates)
 
 
 class Held:
@@ -228,12 +231,12 @@ def anchor_weights(rule: Rule, anchor: Tree, base: Tree) -> Tree:
 
 def base_of(rule: Rule, initial: Tree | None) -> Tree:
     """The accumulator that a state's A counts from: A_0 where forgetting leads back to it, else none."""
-    return initial or {} if rule.retention.returns else {}
+    return initial or {} if "returns" in rule.form else {}
 
 
 def _anchor(rule: Rule, A: Tree) -> Tree:
     """What a state keeps, at a chunk's start, of the weights of its accumulator."""
-    return A if rule.retention.returns else weights(rule, A, {})
+    return A if "returns" in rule.form else weights(rule, A, {})
 
 
 def init_state(rule: Rule, A0: Tree) -> State:
@@ -257,7 +260,7 @@ def init_state(rule: Rule, A0: Tree) -> State:
         )
     rule = rule.by_step
     # Copies: what a state holds does not change when an optimizer changes the A0 of a model.
-    begin = torch.zeros_like if rule.retention.returns else torch.clone
+    begin = torch.zeros_like if "returns" in rule.form else torch.clone
     A = {n: begin(a, memory_format=torch.contiguous_format) for n, a in A0.items()}
     retained, recent = {}, {}
     if carries_retained(rule):
@@ -295,12 +298,12 @@ def pair_gates(rule: Rule) -> tuple[str, ...]:
 
 def carries_surprise(rule: Rule) -> bool:
     """Whether S is part of the state: with momentum, or as the sum of the open chunk's steps."""
-    return rule.algorithm.momentum or rule.schedule.gathers
+    return rule.algorithm.momentum or "update by chunk" in rule.form
 
 
 def carries_retained(rule: Rule) -> bool:
     """Whether the open chunk's product of 1 - forget is part of the state."""
-    return rule.schedule.gathers or (rule.retention.decayed and rule.chunk_size > 1)
+    return "update by chunk" in rule.form or (rule.retention.decayed and rule.chunk_size > 1)
 
 
 def close_chunk(rule: Rule, state: State) -> State:
@@ -318,6 +321,11 @@ def gate_of(gates: Gates, name: str, weight: str) -> Tensor:
     """The gate `name` for one weight of the memory: its own if given, else the shared one."""
     own = gates.get((name, weight))
     return gates[name, ""] if own is None else own
+
+
+def gates_of(gates: Gates, names: Iterable[str], weight: str) -> Tree:
+    """The gates of these names for one weight of the memory."""
+    return {name: gate_of(gates, name, weight) for name in names}
 
 
 def beside(gate: Tensor) -> Tensor:

@@ -27,9 +27,10 @@ from miras.engine import tiles
 from miras.engine.chunks import Chunks, begun, contiguous
 from miras.engine.exact import met_by_key_channel
 from miras.engine.factors import factors, has_factors
-from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
-from miras.engine.kernels import products, recorded, through
+from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open
+from miras.engine.kernels import recorded, through
 from miras.engine.recompute import recomputed
+from miras.engine.tables import products, step_sizes
 
 
 class Sides(NamedTuple):
@@ -123,7 +124,7 @@ def run(
 
 def _gated(rule: Rule, state: State, chunks: Chunks, name: str) -> Gated:
     """One weight's gates, all chunks at once; what is unwritten stays as it is."""
-    lr = step_sizes(rule, state, chunks, name)
+    lr = step_sizes(rule, state, chunks, name, gate_of(chunks.gates, "lr", name))
     keep = torch.ones_like(lr[..., :1, :1] if lr.dim() == 6 else lr)
     if "forget" in rule.retention.gates:
         keep = 1 - gate_of(chunks.gates, "forget", name)

@@ -64,7 +64,7 @@ Run = Callable[[Rule, State, State | None, Chunks, "list[Tree] | None"], tuple[T
 
 def by_chunks(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
     """A call, laid out on chunks of rule.chunk_size and taken through the memory by `run`."""
-    fresh = None if call.initial is None else init_state(rule, call.initial)
+    fresh = None if call.reset is None or call.initial is None else init_state(rule, call.initial)
     fixed, steps = Fixed(base_of(rule, call.initial), call.outer), rule.algorithm.steps
     rule, call = unrolled(rule, call)
     layout = plan.steps(steps).chunks(rule.chunk_size)

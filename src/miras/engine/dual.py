@@ -14,19 +14,19 @@ Shapes: B rows, H heads, R = B * H, N chunks, n tokens of a chunk, Dk, Dv widths
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.memory import Weights
 from miras.core.recurrence import norm, observed
-from miras.core.rule import Rule, State, anchor_weights, close_chunk, gate_of
+from miras.core.rule import Rule, State, anchor_weights, close_chunk
 from miras.core.state import Tree
 from miras.engine.chunks import Chunks, Fixed, begun, contiguous, written
-from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
-from miras.engine.kernels import fast_advance, fast_read, products
+from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open
+from miras.engine.kernels import fast_advance, fast_read
+from miras.engine.tables import Coefficients, coefficients
 from miras.engine.window import windowed
 
 
@@ -135,99 +135,9 @@ def by_chunk(x: Tensor) -> tuple[Tensor, ...]:
     return x.flatten(0, 1).unbind(1)
 
 
-class Coefficients(NamedTuple):
-    """What one weight's update is made of, chunk by chunk, with the signs of the equations at the top of the file.
-
-    lr (..., n) the bounded step, keep (..., n). A read: first (..., n, 1), K0; table (..., n, n), -G; with momentum
-    first_S (..., n, 1), G0. A behind the chunk: late (..., n, 1), kept and with momentum kept_S (..., 1, 1), those
-    of the last token; S behind it: last (..., n, 1), -H, and carry (..., 1, 1), H0. H (..., n, n), -H, and H0
-    (..., n) are for an observer only.
-    """
-
-    lr: Tensor
-    keep: Tensor
-    first: Tensor
-    table: Tensor
-    late: Tensor
-    kept: Tensor
-    first_S: Tensor | None = None
-    kept_S: Tensor | None = None
-    last: Tensor | None = None
-    carry: Tensor | None = None
-    H: Tensor | None = None
-    H0: Tensor | None = None
-
-    def banded(self, band: Tensor) -> "Coefficients":
-        """Where a token writes the pairs that its row of the band (..., n, m + n) names, and not its own alone."""
-        wide = lambda x: None if x is None else (x.mT @ band).mT  # noqa: E731
-        late, last = wide(self.late), wide(self.last)
-        assert late is not None
-        return self._replace(table=self.table @ band, late=late, last=last)
-
-    def earlier(self) -> "Coefficients":
-        """Of a read, those of the token before."""
-        first, table, first_S = _late(self.first, 1), _late(self.table, 0), _late(self.first_S, 0)
-        assert first is not None and table is not None
-        return self._replace(first=first, table=table, first_S=first_S)
-
-    @staticmethod
-    def of(lr: Tensor, keep: Tensor, first: Tensor, table: Tensor, **more: Tensor | None) -> "Coefficients":
-        """With those of the last token."""
-        return Coefficients(
-            lr, keep, first, table, late=table[..., -1, :, None], kept=first[..., -1:, :], **more
-        )
-
-
-def _late(x: Tensor | None, first: float) -> Tensor | None:
-    """x (..., n, m) one token later, with `first` for the first one."""
-    return None if x is None else F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
-
-
 def _each(c: Coefficients) -> list[Coefficients]:
     parts: list[Any] = [[None] * c.lr.shape[2] if x is None else by_chunk(x) for x in c]
     return [Coefficients(*chunk) for chunk in zip(*parts, strict=True)]
-
-
-def coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dict[str, Coefficients]:
-    """The coefficients of every weight, all chunks at once, from gates and keys."""
-    write = None if chunks.write is None else chunks.write[:, None]
-    open_chunk = rule.algorithm.step_bound > 0 and chunks.open
-    shared: dict[tuple[int, ...], Coefficients] = {}
-    table: dict[str, Coefficients] = {}
-    for name in state.A:
-        mine = [gate_of(chunks.gates, g, name) for g in (*rule.algorithm.gates, *rule.retention.gates)]
-        key = tuple(id(g) for g in mine)
-        # Weights that share their gates share these too, but for what each may have met in an open chunk.
-        if key not in shared or open_chunk:
-            lr = step_sizes(rule, state, chunks, name)
-            keep = torch.ones_like(lr)
-            if "forget" in rule.retention.gates:
-                keep = 1 - gate_of(chunks.gates, "forget", name)
-                keep = keep if write is None else torch.where(write, keep, 1)
-            K0, steps = products(keep)
-            if write is not None:
-                steps = steps * write[..., None, :]
-            step = -lr[..., None, :]
-            if rule.algorithm.momentum:
-                momentum = gate_of(chunks.gates, "momentum", name)
-                H0, H = products(momentum if write is None else torch.where(write, momentum, 1))
-                first_S = steps @ H0[..., None]
-                shared[key] = Coefficients.of(
-                    lr,
-                    keep,
-                    first=K0[..., None],
-                    table=steps @ H * step,
-                    first_S=first_S,
-                    kept_S=first_S[..., -1:, :],
-                    last=(H[..., -1, :] * step[..., 0, :])[..., None],
-                    carry=H0[..., -1, None, None],
-                    H=H * step if watched else None,
-                    H0=H0 if watched else None,
-                )
-            else:
-                shared[key] = Coefficients.of(lr, keep, K0[..., None], steps * step)
-        table[name] = shared[key]
-    return table
 
 
 Factors = Callable[

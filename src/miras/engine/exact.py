@@ -20,9 +20,10 @@ from miras.core.retention import Decay, Keep
 from miras.core.rule import Call, Gates, Rule, State, base_of, gate_of, init_state
 from miras.core.state import Tree, choose
 from miras.engine.chunks import Chunks, Fixed, Run, laid_out
-from miras.engine.dual import Coefficients, dual
-from miras.engine.kernels import accumulate, products
+from miras.engine.dual import dual
+from miras.engine.kernels import accumulate
 from miras.engine.plan import Plan
+from miras.engine.tables import Coefficients, products
 
 BLOCK = 64
 """Tokens of a block: a tile of the computation, no part of any model."""
@@ -42,7 +43,7 @@ def hebbian(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, S
 
 def _by_blocks(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
     steps = rule.algorithm.steps
-    fresh = None if call.initial is None else _opened(init_state(rule, call.initial))
+    fresh = None if call.reset is None or call.initial is None else _opened(init_state(rule, call.initial))
     fixed = Fixed(base_of(rule, call.initial), {})
     rule, call = unrolled(rule, call)
     call = replace(call, gates=_plain(rule, call.gates, call.k))

@@ -14,9 +14,10 @@ from miras.core.recurrence import norm, observed
 from miras.core.rule import Gates, Rule, State, close_chunk, directed, gate_of, linked
 from miras.core.state import Tree
 from miras.engine.chunks import Chunks, begun, written
-from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
+from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open
 from miras.engine.kernels import accumulate, through
 from miras.engine.recompute import recomputed
+from miras.engine.tables import step_sizes
 
 
 def formed_per_token(
@@ -115,7 +116,7 @@ def _token_gates(rule: Rule, state: State, chunks: Chunks) -> dict[tuple[str, st
         made[name, weight] = (gate if write is None else torch.where(write, gate, else_)).unbind(2)
 
     for n in state.A:
-        put("lr", n, _wide(step_sizes(rule, state, chunks, n)), 0)
+        put("lr", n, _wide(step_sizes(rule, state, chunks, n, gate_of(chunks.gates, "lr", n))), 0)
         lr = gate_of(chunks.gates, "lr", n)
         forget = (
             gate_of(chunks.gates, "forget", n) if "forget" in rule.retention.gates else torch.zeros_like(lr)

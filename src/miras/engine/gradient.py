@@ -8,12 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from miras.core.algorithm import bound_factors
 from miras.core.memory import Weights
 from miras.core.rule import Rule, State, anchor_weights, close_chunk, gate_of, inner_loss, per_head
 from miras.core.state import Tree, choose
 from miras.engine.chunks import Chunks, Fixed, written
-from miras.engine.recompute import recomputed
 
 
 def gradient_factors(
@@ -104,29 +102,6 @@ def gates_of_bias(rule: Rule, chunks: Chunks) -> Tree:
     """What the bias reads of all chunks, {name: (B, H, N, n) or channel-wise (B, H, N, n, Dv)}."""
     found = {n: chunks.gates[n, ""] for n in rule.bias.gates}
     return {n: g.squeeze(-2) if g.dim() == 6 else g for n, g in found.items()}
-
-
-def step_sizes(rule: Rule, state: State, chunks: Chunks, name: str) -> Tensor:
-    """One weight's steps, (B, H, N, n) or channel-wise, after the algorithm and the step bound; 0 unwritten."""
-    algorithm = rule.algorithm
-    lr = algorithm.step_size(gate_of(chunks.gates, "lr", name), chunks.k)
-    if chunks.write is not None:
-        write = chunks.write[:, None]
-        lr = torch.where(write if lr.dim() == 4 else write[..., None, None], lr, 0)
-    strength = algorithm.step_bound
-    if not strength:
-        return lr
-
-    def factors(k: Tensor, lr: Tensor) -> tuple[Tensor]:
-        return (bound_factors((k @ k.mT).abs().tril(-1), lr, strength),)
-
-    head = lr.abs() if lr.dim() == 4 else lr.abs().amax((-2, -1))
-    (bound,) = recomputed(lambda t: factors(**t), {"k": chunks.k, "lr": head})
-    if chunks.open:
-        met = (chunks.k[:, :, 0] @ state.recent["key"].mT).abs()
-        first = bound_factors(met, state.recent[name], strength)
-        bound = torch.cat([bound[:, :, :1] * first[:, :, None], bound[:, :, 1:]], 2)
-    return lr * (bound if lr.dim() == 4 else bound[..., None, None])
 
 
 def leave_open(rule: Rule, state: State, chunks: Chunks, j: int, phase: Tensor) -> State:

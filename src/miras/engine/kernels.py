@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from miras.core.activation import save_lean, saved_lean
@@ -170,34 +169,6 @@ def recorded(
         )
     )
     return tuple(next(found) if need else None for need in needed)
-
-
-def products(a: Tensor) -> tuple[Tensor, Tensor]:
-    """[t] = a_1 ... a_t and [t, i] = a_{i+1} ... a_t, 1 for i = t, 0 above: (..., n) to (..., n) and (..., n, n).
-
-    The first carries the initial state, the second the input of every token. Formed and differentiated by
-    multiplication alone, so that values and gradients are exact where a gate is 0 or 1.
-    """
-    return _Products.apply(a)
-
-
-class _Products(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:
-        at = torch.arange(a.shape[-1], device=a.device)
-        first = a.cumprod(-1)
-        table = torch.where(at < at[:, None], a[..., None], 1).cumprod(-2).tril_()
-        ctx.save_for_backward(first, table)
-        return first, table
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Tensor:
-        # d [t, i] / d a_s is the product before s times the one after it, [s - 1, i] [t, s].
-        first, table = ctx.saved_tensors
-        by_first, by_table = grads
-        found = F.pad(first[..., :-1], (1, 0), value=1) * (table.mT @ by_first[..., None])[..., 0]
-        after = (table.mT @ by_table)[..., 1:, :]
-        return found + F.pad((table[..., :-1, :] * after).sum(-1), (1, 0))
 
 
 def accumulate(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:

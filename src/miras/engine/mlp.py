@@ -23,15 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miras.core.activation import EPS, gelu_backward, gelu_bend, layer_norm_bend, layer_norm_slope
+from miras.core.activation import EPS, gelu_backward, gelu_bend, layer_norm_backward, layer_norm_bend
 from miras.core.memory import MLP
 from miras.core.rule import Rule, State, close_chunk
 from miras.core.state import Tree
 from miras.engine.chunks import Chunks, begun, contiguous
-from miras.engine.dual import Coefficients, coefficients
 from miras.engine.factors import phi, recorded_factors
 from miras.engine.gradient import leave_open
 from miras.engine.kernels import recorded
+from miras.engine.tables import Coefficients, coefficients
 
 GROUP = 256
 """About as many tokens are read at once."""
@@ -195,6 +195,8 @@ def _places(rule: Rule, state: State, fresh: State | None, chunks: Chunks) -> St
     bare = lambda x: replace(x, A={}, S={}, anchor={})  # noqa: E731
     state, fresh = bare(state), fresh and bare(fresh)
     closed = close_chunk(rule, state)
+    if all(end is None for end in chunks.ends):
+        return closed
     for j, end in enumerate(chunks.ends):
         state = begun(state, fresh, chunks, j)
         state = closed if end is None else leave_open(rule, state, chunks, j, end)
@@ -309,7 +311,7 @@ def _gradients(form: Form, k: Tensor, v: Tensor, W: list[Tensor]) -> list[list[T
     if form.norm:
         e, *stats = torch.native_layer_norm(z, z.shape[-1:], None, None, EPS)
     e = (e + k if form.residual else e) - v
-    ds = [layer_norm_slope(e, z, *stats) if form.norm else e]
+    ds = [_slope(e, z, *stats) if form.norm else e]
     for w, tall, h in zip(W[:0:-1], form.tall[:0:-1], hs[-2::-1], strict=True):
         us.insert(0, _against(ds[0], w, tall))
         ds.insert(0, gelu_backward(us[0], h))
@@ -457,7 +459,7 @@ def _reads_back(
     g = flat(by_y).contiguous()
     by_q = g.clone() if form.residual else torch.zeros_like(flat(q))
     if form.norm:
-        g = layer_norm_slope(g, rs[-1], *group["ends"])
+        g = _slope(g, rs[-1], *group["ends"])
     by_x: list[Tensor] = []
     by_d: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -548,8 +550,8 @@ def _gradients_back(
         mean, scale = stats
         normed = (z - mean).mul_(scale)
         e = (normed + k if form.residual else normed) - v
-        by_e = layer_norm_slope(g, z, mean, scale)
-        by_z = layer_norm_slope(by_e, z, mean, scale)
+        by_e = _slope(g, z, mean, scale)
+        by_z = _slope(by_e, z, mean, scale)
         by_z = by_z.add_(layer_norm_bend(g, e, by_e, ds[-1], normed, scale))
     back = by_z
     for i in reversed(range(len(W))):
@@ -623,3 +625,8 @@ def _add_parts(y: Tensor, V: Tensor, share: Tensor) -> None:
 def _by_parts(V: Tensor, x: Tensor) -> Tensor:
     """The product of x (..., d) with each part of V (..., p d): (..., p)."""
     return torch.stack([(part * x).sum(-1) for part in V.split(x.shape[-1], -1)], -1)
+
+
+def _slope(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of a layer norm's input x from that of its output, given x's mean and 1 / deviation."""
+    return layer_norm_backward(g, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]

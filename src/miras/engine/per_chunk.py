@@ -12,8 +12,9 @@ from miras.core.recurrence import norm, observed, taken
 from miras.core.rule import Rule, State, close_chunk, formed, gate_of, weights
 from miras.core.state import Tree, choose
 from miras.engine.chunks import Chunks, begun, written
-from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open, step_sizes
+from miras.engine.gradient import gates_of_bias, gradient_factors, leave_open
 from miras.engine.kernels import through
+from miras.engine.tables import step_sizes
 
 
 def per_chunk(
@@ -22,7 +23,10 @@ def per_chunk(
     """Chunks one after the other: what each reads, and the sum of its steps."""
     state = begun(state, fresh, chunks, 0)
     base = chunks.fixed.base
-    lr = {n: _wide(step_sizes(rule, state, chunks, n)).unbind(2) for n in state.A}
+    lr = {
+        n: _wide(step_sizes(rule, state, chunks, n, gate_of(chunks.gates, "lr", n))).unbind(2)
+        for n in state.A
+    }
     kept = {n: _kept(rule, chunks, n) for n in state.A}
     gates = {name: g.unbind(2) for name, g in gates_of_bias(rule, chunks).items()}
     q, k, v = (x.unbind(2) for x in chunks[:3])

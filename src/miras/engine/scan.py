@@ -164,8 +164,7 @@ def _always(rule: Rule, call: Call, plan: Plan) -> bool:
 
 def _by_channel(rule: Rule, gates: Gates) -> list[str]:
     """Which gates of the update are channel-wise."""
-    names = (*rule.algorithm.gates, *rule.retention.gates)
-    return [name for (name, _), g in gates.items() if name in names and g.dim() == 5]
+    return [name for (name, _), g in gates.items() if name in rule.update_gates and g.dim() == 5]
 
 
 MAPS = frozenset({"direction", "link"})

@@ -1,14 +1,14 @@
-"""Causal depthwise convolution over a stream: (x, tail) -> (y, tail).
+"""Causal depthwise convolution over a stream, and what follows it: (x, tail) -> (y, tail).
 
 Shapes: B rows, T tokens, D channels, K taps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from miras.core.activation import made
 from miras.engine.kernels import recorded
 
 
@@ -17,10 +17,11 @@ def conv(
     tail: Tensor,
     weight: Tensor,
     *,
+    activation: Callable[[Tensor], Tensor] = torch.clone,
     length: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = sum_j weight[:, j] x_{t - K + 1 + j}: x (B, T, D), tail (B, K - 1, D), weight (D, K).
+    """y_t = activation(sum_j weight[:, j] x_{t - K + 1 + j}): x (B, T, D), tail (B, K - 1, D), weight (D, K).
 
     `tail` holds the K - 1 inputs before x (zeros at a stream's start). `length` (B,) is the number of tokens of
     each row, the rest of the row being padding behind them; `reset` (B, T) marks tokens that start a document,
@@ -28,16 +29,16 @@ def conv(
     """
     B, T, _ = x.shape
     if T == 0:
-        return x, tail
+        return activation(x), tail
     K = weight.shape[1]
     stream = torch.cat([tail, x], 1)
     document = None if reset is None else reset.cumsum(1)
     if document is None and T == 1:
-        y = (stream * weight.mT).sum(1, keepdim=True)
+        y = activation((stream * weight.mT).sum(1, keepdim=True))
     elif document is None and torch.compiler.is_compiling():  # which fuses by itself
-        y = _sum_of_taps(stream, weight)
+        y = activation(_sum_of_taps(stream, weight))
     elif document is None:
-        y = made(_Taps.apply, _Taps.apply(stream, weight), stream, weight)
+        y = _Taps.apply(activation, stream, weight)
     else:
         y = x * weight[:, -1]
         for back in range(1, K):
@@ -45,6 +46,7 @@ def conv(
             # Not times 0: what is not a number in another document would go on.
             tap = stream[:, K - 1 - back : K - 1 - back + T].masked_fill((before != document)[..., None], 0)
             y = y + tap * weight[:, K - 1 - back]
+        y = activation(y)
     if length is None and reset is None:
         # A view would keep the whole stream.
         return y, stream[:, T:].clone(memory_format=torch.contiguous_format)
@@ -59,29 +61,40 @@ def conv(
 
 
 class _Taps(torch.autograd.Function):
-    """`_sum_of_taps`, accumulated in place."""
+    """activation(`_sum_of_taps`), accumulated in place; what lies between the two is made again when it is needed."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, activation: Callable[[Tensor], Tensor], stream: Tensor, weight: Tensor) -> Tensor:
+        ctx.activation = activation
         ctx.save_for_backward(stream, weight)
-        # A row for each tap: a column's numbers lie apart, which costs five times as much.
-        last, *before = reversed(list(zip(_taps(stream, weight), weight.mT.contiguous(), strict=True)))
-        y = last[0] * last[1]
-        for tap, row in before:
-            y.addcmul_(tap, row)
-        return y
+        return activation(_accumulated(stream, weight))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         (g,) = grads
         stream, weight = ctx.saved_tensors
+        activation: Callable[[Tensor], Tensor] = ctx.activation
         if torch.is_grad_enabled():
-            return recorded(ctx.needs_input_grad, _sum_of_taps, (g,), (stream, weight))
+            whole = lambda stream, weight: activation(_sum_of_taps(stream, weight))  # noqa: E731
+            return None, *recorded(ctx.needs_input_grad[1:], whole, (g,), (stream, weight))
+        y = _accumulated(stream, weight).requires_grad_()
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(activation(y), y, g)
         to_stream = torch.zeros_like(stream)
         for tap, row in zip(_taps(to_stream, weight), weight.mT.contiguous(), strict=True):
             tap.addcmul_(g, row)
         to_weight = [(g * tap).sum((0, 1)) for tap in _taps(stream, weight)]
-        return to_stream, torch.stack(to_weight, 1)
+        return None, to_stream, torch.stack(to_weight, 1)
+
+
+def _accumulated(stream: Tensor, weight: Tensor) -> Tensor:
+    """`_sum_of_taps`, not recorded."""
+    # A row for each tap: a column's numbers lie apart, which costs five times as much.
+    last, *before = reversed(list(zip(_taps(stream, weight), weight.mT.contiguous(), strict=True)))
+    y = last[0] * last[1]
+    for tap, row in before:
+        y.addcmul_(tap, row)
+    return y
 
 
 def _sum_of_taps(stream: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from miras.engine.plan import Plan
 from miras.layers.attention import Window, attention, init_window
-from miras.nn.mixer import Mixer, heads, merge
+from miras.nn.mixer import Mixer
 from miras.nn.part import MixerConfig, Sizes, check_sizes
 
 
@@ -119,8 +119,10 @@ class AttentionReader(Mixer):
             raise ValueError(
                 f"the state belongs to another layer: its window holds {state.k.shape[2]} keys, this one's {places}"
             )
-        q = heads(self.q(x), self.num_heads)
-        k, v = (heads(linear(context), self.num_heads) for linear in (self.k, self.v))
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (self.q(x), self.k(context), self.v(context))
+        )
         state = replace(state, k=state.k.to(k.dtype), v=state.v.to(v.dtype))
         kept, persistent = self.persistent, None
         if kept is not None:
@@ -138,7 +140,7 @@ class AttentionReader(Mixer):
             length=length,
             reset=reset,
         )
-        return merge(y), state
+        return y.transpose(1, 2).flatten(2), state
 
 
 class AttentionLayer(Mixer):

@@ -69,7 +69,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
         # A new stream's state is made here, where the block's parameters are at hand even if they are sharded.
-        state = self.mixer.initial(len(x), x) if state is None else state
+        if state is None:
+            state = self.mixer.initial(len(x), x)
+        else:
+            self.mixer.fits(state, len(x))
         y, state = self.mixer.mix(self.mixer_norm(x), state, plan.watched(self.name))
         x = x + y
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.core.activation import silu
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2
-from miras.core.check import check, place
+from miras.core.check import check_state, place
 from miras.core.memory import MLP, Matrix, Memory
 from miras.core.retention import Decay, Retention
 from miras.core.rule import Call, Rule, State, anchor_weights, base_of, formed, init_state, named, weights
@@ -34,7 +33,7 @@ from miras.nn.gates import (
     unread,
     without_autocast,
 )
-from miras.nn.mixer import Mixer, Projection, heads, merge
+from miras.nn.mixer import Mixer, Projection
 from miras.nn.norm import RMSNorm, unit
 from miras.nn.part import MixerConfig, Sizes, check_sizes
 
@@ -82,7 +81,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "identity": identity, "elu1": elu1}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity": identity, "elu1": elu1}
 
 
 @dataclass(frozen=True)
@@ -324,19 +323,28 @@ class MemoryReader(Mixer):
         self.gates = Gates(hidden_size, num_heads, rule, config.made(), head_dim, held)
         self.A0 = InitialMemory(shapes, num_heads, config.initial_scale)
         self.outer = OuterParameters(rule.memory, num_heads, head_dim, held)
+        self.widths = head_dim, held
+        self.keys = {name: named(name) for name, _ in self.gates.outputs}
         for name in self.paths:
             getattr(self, name).reset_parameters()
         self.A0.reset_parameters(rule.retention)
         self.gates.reset_parameters(hidden_size**-0.5 / 4)
 
     def initial(self, rows: int, like: Tensor) -> MemoryState:
-        tails = {name: getattr(self, name).initial(rows, like) for name in self.paths}
+        tails = {name: like.new_zeros(rows, *getattr(self, name).tail) for name in self.paths}
         memory = init_state(self.rule, self.A0(rows))
         position = {"next": torch.zeros_like(memory.phase)} if self.features.rotary else {}
         return MemoryState(memory, tails, position)
 
     def place(self, state: MemoryState) -> list[int]:
         return place(self.rule, state.memory)
+
+    def fits(self, state: MemoryState, rows: int) -> None:
+        if state.tails.keys() != set(self.paths) or bool(state.position) != self.features.rotary:
+            raise ValueError(
+                "the state belongs to another layer: its features have other projections, or no rotary positions"
+            )
+        check_state(self.rule, state.memory, (rows, self.num_heads), *self.widths)
 
     def prepare(self, plan: Plan) -> None:
         prepare(self.rule, plan)
@@ -346,35 +354,30 @@ class MemoryReader(Mixer):
         return compiles(self.rule) and (size == 1 or all((at + 1) % size for at in plan.place))
 
     def mix(self, x: Tensor, state: MemoryState, plan: Plan) -> tuple[Tensor, MemoryState]:
-        if state.tails.keys() != set(self.paths) or bool(state.position) != self.features.rotary:
-            raise ValueError(
-                "the state belongs to another layer: its features have other projections, or no rotary positions"
-            )
         parts, tails, precise = {}, {}, self.gates.dtype()
         for name in self.paths:
             y, tails[name] = getattr(self, name)(x, state.tails[name], plan)
-            parts[name] = heads(y, self.num_heads).to(precise)
+            parts[name] = y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(precise)
         gates, position = self.gates(x), state.position
         with without_autocast(x):
             q, k, v = self._inputs(parts, gates)
             if self.features.rotary:
                 at, position = places(position["next"], plan, x.shape[1])
                 q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
-            needed = plan.reset is not None or self.rule.retention.returns
+            needed = plan.reset is not None or "returns" in self.rule.form
             call = Call(
                 q,
                 k,
                 v,
-                {named(name): gate for name, gate in gates.items()},
+                {self.keys[name]: gate for name, gate in gates.items()},
                 plan.valid(),
                 plan.write,
                 plan.reset,
                 self.A0(x.shape[0]) if needed else None,
                 self.outer(),
             )
-            check(self.rule, state.memory, call)
             y, memory = run(self.rule, state.memory, call, plan)
-        return merge(self._answer(y)).to(x.dtype), MemoryState(memory, tails, position)
+        return self._answer(y).transpose(1, 2).flatten(2).to(x.dtype), MemoryState(memory, tails, position)
 
     def weights(self, state: State) -> Tree:
         """The weights W that the memory has in a state, {weight: (B, H, d_in, d_out)}."""
@@ -382,14 +385,14 @@ class MemoryReader(Mixer):
 
     def recall(self, asked: Tensor, anchor: Tree, position: Tree, plan: Plan) -> Tensor:
         """What a memory with this anchor answers to queries (B, T, H * Dk), (B, T, H * Dv); nothing is written."""
-        q = heads(asked, self.num_heads).to(self.gates.dtype())
+        q = asked.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(self.gates.dtype())
         with without_autocast(asked):
             q = self._scaled(self._sized(q))
             if self.features.rotary:
                 q = rotate(q, places(position["next"], plan, q.shape[2])[0], self.rope_theta)
             then = anchor_weights(self.rule, anchor, base_of(self.rule, self.A0(asked.shape[0])))
             y = self._answer(self.rule.memory.apply(q, formed(then, self.outer())))
-        return merge(y).to(asked.dtype)
+        return y.transpose(1, 2).flatten(2).to(asked.dtype)
 
     def _sized(self, q: Tensor) -> Tensor:
         return unit(q) if self.features.normalize else q
@@ -475,6 +478,9 @@ class MemoryLayer(Mixer):
 
     def place(self, state: MemoryState) -> list[int]:
         return self.reader.place(state)
+
+    def fits(self, state: MemoryState, rows: int) -> None:
+        self.reader.fits(state, rows)
 
     def prepare(self, plan: Plan) -> None:
         self.reader.prepare(plan)

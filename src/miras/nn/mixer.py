@@ -42,6 +42,12 @@ class Mixer(nn.Module, ABC):
         """
         return []
 
+    def fits(self, state: Any, rows: int) -> None:
+        """Raise ValueError where a state is not one of this layer, for as many rows.
+
+        A subclass whose state could be mistaken for another's defines it.
+        """
+
     def prepare(self, plan: Plan) -> None:
         """Ask the plan for all that `mix` will, so that nothing is decided below.
 
@@ -73,6 +79,8 @@ class Mixer(nn.Module, ABC):
         B, T, _ = x.shape
         try:
             place = [0] * B if state is None else self.place(state) or [0] * B
+            if state is not None:
+                self.fits(state, B)
             rows = plan((B, T), place, x.device, valid, write, reset, watching("memory"))
             x = rows.gather(x)
             self.prepare(rows)
@@ -118,6 +126,8 @@ class Projection(nn.Module):
         self.activation = activation
         self.proj = nn.Linear(hidden_size, width, bias=False)
         self.conv = nn.Parameter(torch.empty(width, conv_size)) if conv_size else None
+        self.tail = max(conv_size, 1) - 1, width
+        """Shape of the convolution's tail, (conv_size - 1, width), zeros at a stream's start."""
 
     def reset_parameters(self) -> None:
         """Fan-in scaled weights; a convolution that favours the current token."""
@@ -127,29 +137,14 @@ class Projection(nn.Module):
             with torch.no_grad():
                 self.conv[:, -1] += 0.3
 
-    def initial(self, rows: int, like: Tensor) -> Tensor:
-        """The convolution's tail at a stream's start, (B, conv_size - 1, width); width 0 tokens without one."""
-        size = 1 if self.conv is None else self.conv.shape[1]
-        return like.new_zeros(rows, size - 1, self.proj.out_features)
-
     def forward(self, x: Tensor, tail: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         y, taps = self.proj(x), self.conv
-        back = 0 if taps is None else taps.shape[1] - 1
+        back = self.tail[0]
         if tail.shape[1] != back:
             raise ValueError(
                 f"the state belongs to another layer: its convolutions look back {tail.shape[1]} tokens, these {back}"
             )
         if taps is not None:
-            y, tail = conv(y, tail.to(y.dtype), taps.to(y.dtype), length=plan.length, reset=plan.reset)
+            tail, taps = tail.to(y.dtype), taps.to(y.dtype)
+            return conv(y, tail, taps, activation=self.activation, length=plan.length, reset=plan.reset)
         return self.activation(y), tail
-
-
-def heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, T, H * D) -> (B, H, T, D)."""
-    B, T, width = x.shape
-    return x.view(B, T, num_heads, width // num_heads).transpose(1, 2)
-
-
-def merge(x: Tensor) -> Tensor:
-    """(B, H, T, D) -> (B, T, H * D)."""
-    return x.transpose(1, 2).flatten(2)

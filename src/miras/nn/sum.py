@@ -65,6 +65,10 @@ class Sum(Mixer):
         found = [mixer.place(part) for mixer, part in zip(self.each(), state.parts, strict=True)]
         return [max(row) for row in zip(*filter(None, found), strict=True)]
 
+    def fits(self, state: SumState, rows: int) -> None:
+        for mixer, part in zip(self.each(), state.parts, strict=True):
+            mixer.fits(part, rows)
+
     def prepare(self, plan: Plan) -> None:
         for mixer in self.each():
             mixer.prepare(plan)

@@ -80,6 +80,9 @@ class MemoryAsGate(Mixer):
     def place(self, state: WiredState) -> list[int]:
         return self.memory.place(state.memory)
 
+    def fits(self, state: WiredState, rows: int) -> None:
+        self.memory.fits(state.memory, rows)
+
     def prepare(self, plan: Plan) -> None:
         self.memory.prepare(plan)
 
@@ -129,6 +132,9 @@ class MemoryAsLayer(Mixer):
 
     def place(self, state: WiredState) -> list[int]:
         return self.memory.place(state.memory)
+
+    def fits(self, state: WiredState, rows: int) -> None:
+        self.memory.fits(state.memory, rows)
 
     def prepare(self, plan: Plan) -> None:
         self.memory.prepare(plan)
@@ -249,13 +255,16 @@ class MemoryAsContext(Mixer):
 
     def initial(self, rows: int, like: Tensor) -> ContextState:
         memory = self.memory.initial(rows, like)
-        tails = {"q": self.memory.q.initial(rows, like)}
+        tails = {"q": like.new_zeros(rows, *self.memory.q.tail)}
         if self.pool > 1:
             tails["pooled"] = like.new_zeros(rows, self.pool - 1, self.memory.q.proj.out_features)
         return ContextState(self.attention.initial(rows, like), memory, memory.memory.anchor, tails)
 
     def place(self, state: ContextState) -> list[int]:
         return known(self._phase(state))
+
+    def fits(self, state: ContextState, rows: int) -> None:
+        self.memory.fits(state.memory, rows)
 
     def prepare(self, plan: Plan) -> None:
         for part in plan.segments(self.segment_size):
