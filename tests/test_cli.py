@@ -114,11 +114,11 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
             "unknown command 'steam', perhaps you meant 'stream'; known are train, check-training, eval",
         ),
         ("info titan-mag", "unknown preset 'titan-mag', perhaps you meant 'titans-mag'"),
-        ("info empty", "empty is not a model: config.json is missing"),
+        ("info empty", "empty is not a model: it has no config.json"),
         ("info titans-mag --hidden-size 33", "hidden_size 33 is not a multiple of num_heads 4"),
-        ("eval nowhere", "nowhere is not a model: config.json is missing"),
+        ("eval nowhere", "nowhere is not a model: it has no config.json"),
         ("eval broken", "model.safetensors is corrupt or cut off"),
-        ("eval flipped", "model.safetensors is corrupt: its checksum differs, a byte has changed"),
+        ("eval flipped", "model.safetensors is corrupt: its checksum differs: a byte has changed"),
         ("eval model --json text.txt", "--json text.txt exists and is not a file of curves"),
         ("eval model --json empty", "--json empty is a folder"),
         ("eval odd", "config.json is not valid JSON"),
@@ -134,7 +134,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("generate model --prompt a --seed 99999999999999999999", "seed must be 0 or more and below 2^63"),
         (
             "generate model --prompt a --load-state no.state",
-            "no.state does not exist; name the file of a stream's state",
+            "no.state does not exist; give the file of a stream's state",
         ),
         (
             "generate model --prompt a --save-state text.txt",
@@ -146,12 +146,12 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("stream model bad.gz", "bad.gz is damaged or not what its name says"),
         (
             "info titans-mag --hidden-size 1000000000",
-            "this does not fit into memory; choose smaller sizes",
+            "out of memory; choose smaller sizes",
         ),
         ("info deep", "config.json is not valid JSON"),
         (
             "info strange",
-            "config.json does not describe a model that can be made: Gate: bias must be a finite",
+            "config.json does not describe a valid model: Gate: bias must be a finite",
         ),
         ("generate model --prompt a --load-state text.txt", "text.txt is corrupt or cut off"),
         ("stream model nowhere.txt", "No such file: 'nowhere.txt'"),
@@ -162,7 +162,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("stream model text.txt --threads -1", "--threads must be 0"),
         ("stream model text.txt --piece 0", "piece must be at least 1"),
         ("stream model text.txt --config none.yaml", "No such config file: none.yaml"),
-        ("stream model text.txt --config", "--config needs a YAML file"),
+        ("stream model text.txt --config", "--config must be followed by a YAML file"),
         ("eval model --text junk.bin", "'junk.bin' is not text: it has NUL bytes"),
         ("eval model --text text.txt --bins -1", "bins must be at least 1"),
         ("train --out r --text nowhere.txt", "No such file or folder: 'nowhere.txt'"),
@@ -182,13 +182,13 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --num-persistent -1", "num_persistent must be at least 0, got -1"),
         (
             "train --out r --preset titans-mac --window-size 8",
-            "window_size is read by layers of attention, mag",
+            "window_size is only used by layers of attention, mag",
         ),
         (
             "train --out r --preset transformer --chunk-size 4",
-            "chunk_size is read by layers of memory, mac, mag",
+            "chunk_size is only used by layers of memory, mac, mag",
         ),
-        ("train --out r --preset titans-mag --segment-size 64", "segment_size is read by layers of mac only"),
+        ("train --out r --preset titans-mag --segment-size 64", "segment_size is only used by layers of mac"),
         ("train --out r --preset titans-lmm --num-persistent 2", "and this model has memory; leave it out"),
         (
             "info titans-mag --memory mpl",
@@ -211,15 +211,18 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
             "info titans-mag --gates.lrr.bias 3",
             "gates lrr are not read by this rule, which reads lr, momentum",
         ),
-        ("info transformer --memory mlp", "memory is read by layers of memory, mac, mag, mal only, and this"),
+        ("info transformer --memory mlp", "memory is only used by layers of memory, mac, mag, mal, and this"),
         ("train --out r --bias huber --bias.delta much", "--bias.delta must be a number, got 'much'"),
         ("train --out r --bias my_choices:Own", "if you trust it, read it with trust_remote_code=True"),
         ("train --out r --model model --bias huber", "has its sizes already"),
         (
             "info titans-mac --window-size 8",
-            "window_size is read by layers of attention, mag, mal only, and this model has mac",
+            "window_size is only used by layers of attention, mag, mal, and this model has mac",
         ),
-        ("check-training titans-lmm --window-size 8", "window_size is read by layers of attention, mag, mal"),
+        (
+            "check-training titans-lmm --window-size 8",
+            "window_size is only used by layers of attention, mag, mal",
+        ),
         ("train --out r --steps 0", "--steps must be at least 1, got 0"),
         ("train --out r --batch-size -4", "--batch-size must be at least 1, got -4"),
         ("train --out r --seq-len -16", "--seq-len must be at least 1, got -16"),
@@ -232,9 +235,9 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("train --out r --write-price -1", "--write-price must be at least 0 and finite, got -1"),
         ("train --out r --beta1 1", "--beta1 must be at least 0 and below 1, got 1"),
         ("train --out r --seed -1", "seed must be 0 or more and below 2^63, got -1"),
-        ("train --out r --threads 1025", "--threads must be 0 (torch's choice) to 1024, got 1025"),
-        ("train --out r --threads -1", "--threads must be 0 (torch's choice) to 1024, got -1"),
-        ("demo --out r --threads -1", "--threads must be 0 (torch's choice) to 1024, got -1"),
+        ("train --out r --threads 1025", "--threads must be 0 (torch's default) to 1024, got 1025"),
+        ("train --out r --threads -1", "--threads must be 0 (torch's default) to 1024, got -1"),
+        ("demo --out r --threads -1", "--threads must be 0 (torch's default) to 1024, got -1"),
         ("demo --out r --seed -1", "seed must be 0 or more and below 2^63, got -1"),
         ("demo --out r --seed 99999999999999999999", "seed must be 0 or more and below 2^63"),
         ("demo --out r --needle-bytes 10", "--needle-bytes must be at least 4096, got 10"),
@@ -295,13 +298,13 @@ def test_a_truncated_checkpoint_is_one_clear_line(place: Path, file: str, capsys
 def test_a_run_that_cannot_begin_leaves_its_name_free(place: Path, capsys: pytest.CaptureFixture[str]):
     assert "Take a smaller batch or more text" in refused(f"{RUN} --batch-size 100000", capsys)
     assert run(RUN) == 0
-    assert "--steps 1: the run has made 2 steps already" in refused(f"{RUN} --resume --steps 1", capsys)
+    assert "--steps 1: the run has already made 2 steps" in refused(f"{RUN} --resume --steps 1", capsys)
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_as_another(place: Path, capsys: pytest.CaptureFixture[str]):
     assert run(RUN) == 0
     before = {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()}
-    assert "run holds a run already (step-2); add --resume" in refused(RUN, capsys)
+    assert "run already holds a run (step-2); add --resume" in refused(RUN, capsys)
     assert "hidden_size 16, now 32" in refused(f"{RUN} --hidden-size 32 --resume", capsys)
     assert "not with model; the checkpoint holds its model" in refused(
         f"{RUN} --resume --model model", capsys
@@ -524,7 +527,7 @@ def test_positional_values_may_come_from_yaml(tmp_path: Path, capsys: pytest.Cap
     file.write_text("model: m\n")
     assert parse(EvalOptions, "eval", ["--config", str(file)]).model == Path("m")
     assert parse(EvalOptions, "eval", ["n", "--config", str(file)]).model == Path("n")
-    assert "so it must give file too, or neither" in refused(f"stream big.txt --config {file}", capsys)
+    assert "so it must also give file, or neither" in refused(f"stream big.txt --config {file}", capsys)
     file.write_text("file: f\n")
     assert parse(StreamOptions, "stream", ["m", "--config", str(file)]) == StreamOptions(
         model=Path("m"), file="f"
@@ -791,7 +794,7 @@ def test_a_yaml_of_aliases_is_refused(place: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("data", ["--text text.txt", "--needle"])
 def test_a_step_that_no_memory_holds_is_refused(place: Path, capsys: pytest.CaptureFixture[str], data: str):
     said = refused(f"train --out r {data} --seq-len 100000000 --batch-size 8", capsys)
-    assert "a step needs at least" in said and "take fewer tokens at once" in said
+    assert "a step needs at least" in said and "use fewer tokens per step" in said
 
 
 def test_check_training_says_what_it_measured_and_what_is_out_of_range(tmp_path, capsys):
@@ -816,7 +819,7 @@ def test_check_training_refuses_before_it_works(tmp_path, capsys):
         ("check-training transformer", "no memory"),
         ("check-training titans-lmm --steps 3", "at least 20 steps"),
         (f"check-training titans-lmm --json {other}", "is not a check's JSON"),
-        (f"check-training {tmp_path}", "config.json is missing"),
+        (f"check-training {tmp_path}", "it has no config.json"),
     ):
         assert main(line.split()) == 2
         assert reason in capsys.readouterr().err

@@ -144,7 +144,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Names are looked up on first use, so that `miras --help` does not wait for torch.
+    # Names are imported on first use, so that `miras --help` does not import torch.
     if name not in _HOME:
         raise AttributeError(f"module 'miras' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -1,4 +1,5 @@
-"""The command `miras`: a name -> function table, options from flags and YAML, and errors in one line."""
+"""The command `miras`: a table of functions by name, options from flags and YAML, errors in one
+line."""
 
 import contextlib
 import dataclasses
@@ -26,7 +27,7 @@ Every command also takes:
 """
 
 
-# Each function imports what it runs only after its options are read, so that help needs no torch.
+# Each function imports its dependencies after parsing the options, so --help does not import torch.
 def train(arguments: list[str]) -> int:
     """Train a model on text or on needles."""
     from miras.train.options import TrainOptions
@@ -35,13 +36,13 @@ def train(arguments: list[str]) -> int:
     from miras.train.run import begun
     from miras.train.run import train as run
 
-    if options.resume:  # under the flags and the file lies what the run was told when it began
+    if options.resume:  # below the flags and the file: the options the run was started with
         options = parse(TrainOptions, "train", arguments, begun(options.out))
     return run(options)
 
 
 def check_training(arguments: list[str]) -> int:
-    """Train a preset for a few steps and say whether it learns."""
+    """Train a preset for a few steps and check whether it learns."""
     from miras.train.options import CheckOptions
 
     options = parse(CheckOptions, "check-training", arguments)
@@ -61,7 +62,7 @@ def demo(arguments: list[str]) -> int:
 
 
 def info(arguments: list[str]) -> int:
-    """Show what a preset or a model folder is."""
+    """Describe a preset or a model folder."""
     from miras.options import InfoOptions
 
     options = parse(InfoOptions, "info", arguments)
@@ -91,7 +92,7 @@ def evaluate(arguments: list[str]) -> int:
 
 
 def generate(arguments: list[str]) -> int:
-    """Go on with a text."""
+    """Continue a text."""
     from miras.options import GenerateOptions
 
     options = parse(GenerateOptions, "generate", arguments)
@@ -101,7 +102,7 @@ def generate(arguments: list[str]) -> int:
 
 
 def stream(arguments: list[str]) -> int:
-    """Read a text of any length in constant memory and keep what was learned."""
+    """Read a text of any length in constant memory and save what was learned."""
     from miras.options import StreamOptions
 
     options = parse(StreamOptions, "stream", arguments)
@@ -121,7 +122,7 @@ def report(arguments: list[str]) -> int:
 
 
 def session(arguments: list[str]) -> int:
-    """Keep a memory from day to day: feed it, talk to it, fork, compare and ask it."""
+    """Keep a memory from day to day: feed, chat, fork, compare and test it."""
     from miras.session.options import COMMANDS as KINDS
 
     name = arguments[0] if arguments else "--help"
@@ -151,8 +152,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0; 1 for a training that stopped at a loss that is not finite; 2 for what the user can mend; 130 after Ctrl-C, or
-    when the system ends the command or its terminal is closed; 141 for a closed pipe.
+    0 for success; 1 if training stopped at a non-finite loss; 2 for errors that the user can fix;
+    130 after Ctrl-C, SIGTERM or a closed terminal; 141 for a closed pipe.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments or os.environ.get("MIRAS_DEBUG", "0") not in ("", "0")
@@ -164,14 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: list[str], debug: bool, stops: Held) -> int:
-    """Run a command that any signal stops, say what went wrong, and return the exit status."""
+    """Run a command so that a signal stops it, report errors, and return the exit status."""
     try:
         with stops.obeyed():
             status = _dispatch(arguments)
             sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Nobody reads any more, as in `miras info ... | head`. What Python would still flush goes nowhere.
+        # The reader is gone, as in `miras info ... | head`. Discard what Python would still flush.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -179,7 +180,7 @@ def _status(arguments: list[str], debug: bool, stops: Held) -> int:
         _say(f"\nmiras: stopped{''.join(f'; {each}' for each in stop.args)}")
         return 130
     except SystemExit as stop:
-        if isinstance(stop.__context__, BrokenPipeError):  # rich leaves in its own way
+        if isinstance(stop.__context__, BrokenPipeError):  # rich exits in its own way
             return 141
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except (ValueError, OSError) as error:
@@ -190,16 +191,16 @@ def _status(arguments: list[str], debug: bool, stops: Held) -> int:
     except (MemoryError, RuntimeError) as error:
         if debug or not (isinstance(error, MemoryError) or any(x in str(error) for x in _NO_ROOM)):
             raise
-        _say("miras: this does not fit into memory; choose smaller sizes")
+        _say("miras: out of memory; choose smaller sizes")
         return 2
 
 
 _NO_ROOM = ("allocate memory", "out of memory", "Storage size calculation overflowed")
-"""What torch says where memory ends."""
+"""Torch's messages when memory runs out."""
 
 
 def _say(text: str) -> None:
-    """Print a line on standard error, if anybody is left to read it."""
+    """Print a line on standard error, if it is still open."""
     with contextlib.suppress(OSError):
         print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr)
 
@@ -226,7 +227,7 @@ def _known(name: str, commands: Iterable[str]) -> str:
 
 
 def _overview(program: str, about: Mapping[str, str | None]) -> str:
-    """The commands of a program, each with what it says about itself."""
+    """The commands of a program, each with its summary."""
     lines = [f"  {name:<14} {(text or '').strip().splitlines()[0]}" for name, text in about.items()]
     return "\n".join(
         [
@@ -242,7 +243,7 @@ def _overview(program: str, about: Mapping[str, str | None]) -> str:
 
 
 def parse(options: type[T], name: str, arguments: list[str], under: Mapping[str, Any] | None = None) -> T:
-    """A command's options, from its flags over those of the `--config` file, over `under`.
+    """A command's options: flags override the `--config` file, which overrides `under`.
 
     Exits with 2 on wrong flags.
     """
@@ -283,7 +284,7 @@ def _config_flag(arguments: list[str]) -> tuple[list[str], str | None]:
         if word == "--config":
             path = next(words, None)
             if path is None:
-                raise ValueError("--config needs a YAML file behind it")
+                raise ValueError("--config must be followed by a YAML file")
         elif word.startswith("--config="):
             path = word.removeprefix("--config=")
         else:
@@ -299,7 +300,7 @@ def _loaded(options: type[Any], path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No such config file: {path}")
     try:
         text = path.read_text(encoding="utf-8")
-        # An alias of aliases of aliases is gigabytes in a few lines, and no option needs one.
+        # Nested aliases can expand a few lines to gigabytes, and no option needs them.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError(f"{path} has a YAML alias (*name); write the value out")
         loaded: Any = yaml.safe_load(text)
@@ -330,7 +331,8 @@ def _loaded(options: type[Any], path: Path) -> dict[str, Any]:
 
 
 def _defaults(options: type[T], values: Mapping[str, Any], path: str | None) -> T:
-    """The options with those values; what neither they nor the dataclass give must come as a flag."""
+    """The options with those values; anything without a value or default must be given as a
+    flag."""
     import tyro
 
     fields = {field.name: field for field in dataclasses.fields(cast(Any, options))}
@@ -341,14 +343,14 @@ def _defaults(options: type[T], values: Mapping[str, Any], path: str | None) -> 
     ]
     open_ones = [name for name in required if name not in values]
     if open_ones and required.index(open_ones[-1]) >= len(open_ones):
-        # A word on the command line could then be meant for either.
+        # Otherwise a positional argument would be ambiguous.
         given = ", ".join(name for name in required if name in values)
-        raise ValueError(f"{path} gives {given}, so it must give {', '.join(open_ones)} too, or neither")
+        raise ValueError(f"{path} gives {given}, so it must also give {', '.join(open_ones)}, or neither")
     return options(**values, **dict.fromkeys(open_ones, tyro.MISSING))
 
 
 def _value(value: Any, kind: Any) -> Any:
-    """A YAML value as its field's type. Raises ValueError when it is none."""
+    """A YAML value as its field's type. Raises ValueError if it does not fit."""
     parts = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         return None if value is None else _value(value, next(x for x in parts if x is not types.NoneType))
@@ -358,9 +360,9 @@ def _value(value: Any, kind: Any) -> Any:
         return value
     if isinstance(value, bool) and kind is bool:
         return value
-    # A bool is an int to Python, and no number to a user.
+    # A bool is an int to Python, but not a number to a user.
     if type(value) in (int, float, str) and kind in (int, float, str, Path):
-        # Through text, as a flag goes: YAML reads 3e-4 as text, and 2.5 is no whole number.
+        # Parsed as text, like a flag: YAML reads 3e-4 as text, and 2.5 is not an integer.
         return kind(str(value))
     raise ValueError
 

@@ -38,7 +38,7 @@ from miras.zoo import override, preset, presets
 
 
 def info(options: InfoOptions) -> int:
-    """Print what a model is."""
+    """Describe a model."""
     name, config = options.model, _config(options.model, options.trust_remote_code)
     given = options.sizes() | composed(config, options.rule, options.trust_remote_code)
     given |= {} if options.vocab_size is None else {"vocab_size": options.vocab_size}
@@ -60,7 +60,7 @@ def info(options: InfoOptions) -> int:
         console.print(*each["words"], sep="\n")
         for memory in each["memories"]:
             _show_memory(console, memory)
-    growth = ", and grows with every token" if found["state_grows"] else ", whatever was read"
+    growth = ", growing with every token" if found["state_grows"] else ", whatever was read"
     console.print(
         f"\n{found['parameters']:,} parameters; state of a stream {size_text(found['state_bytes'])}{growth}; "
         f"{found['flops_per_token']:,} FLOPs per token"
@@ -91,7 +91,7 @@ def show(options: ListOptions) -> int:
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
     console = Console(highlight=False)
-    if not console.is_terminal:  # a file or a pipe has no width to fold the columns to
+    if not console.is_terminal:  # files and pipes have no width to fold the columns to
         console = Console(highlight=False, width=400)
     console.print(table)
     return 0
@@ -110,7 +110,7 @@ def evaluate(options: EvalOptions) -> int:
         raise ValueError(f"--tokens must be at least 2, got {options.tokens}")
     if any(reader.config.grows() for reader in (model, *(twin or ())[:1])):
         print(
-            f"Attention without a window: its state would grow with every token, so it begins anew every "
+            f"Full attention: the state would grow with every token, so it is reset every "
             f"{options.segment:,} tokens (--segment).",
             file=sys.stderr,
         )
@@ -163,7 +163,7 @@ def evaluate(options: EvalOptions) -> int:
 
 
 def generate(options: GenerateOptions) -> int:
-    """Print a continuation as it is made."""
+    """Print a continuation as it is generated."""
     set_threads(options.threads)
     check_state_place("--save-state", options.save_state)
     check_sampling(options.tokens, options.temperature, options.top_p, options.seed)
@@ -202,7 +202,7 @@ def stream(options: StreamOptions) -> int:
     model, tokenizer = open_model(options.model, options.trust_remote_code)
     if model.config.grows():
         print(
-            "Attention without a window: its state, and the time of each token, grow with the text.",
+            "Full attention: the state and the time per token grow with the text.",
             file=sys.stderr,
         )
     state = _loaded(options.load_state, model)
@@ -245,7 +245,7 @@ def stream(options: StreamOptions) -> int:
 def _config(name: str, trusted: bool) -> ModelConfig:
     if name in presets() or not (Path(name) / "config.json").is_file():
         if Path(name).exists() and name not in presets():
-            raise FileNotFoundError(f"{name} is not a model: config.json is missing in it")
+            raise FileNotFoundError(f"{name} is not a model: it has no config.json")
         return preset(name)
     return read_config(name, trust_remote_code=trusted)
 
@@ -263,12 +263,12 @@ def _loaded(path: Path | None, model: LM) -> LMState | None:
         return None
     state, header = load_state(path, model)
     if len(header.tokens) != 1:
-        raise ValueError(f"{path} holds {len(header.tokens)} streams; a command can go on with only one")
+        raise ValueError(f"{path} holds {len(header.tokens)} streams; a command can continue only one")
     return state
 
 
 def _saved(path: Path | None, state: LMState | None, model: LM) -> str:
-    """Save a state if there is a place for it, and say so."""
+    """Save a state if a file is given, and report it."""
     if path is None:
         return "nothing was saved (no --save-state)"
     if state is None:

@@ -1,4 +1,4 @@
-"""Named models: each a point of the design space and its own parameterisation. Data, no logic.
+"""Presets: each is a point of the design space with its parameterisation. Data, no logic.
 
 An ablation is one override:
 
@@ -14,8 +14,8 @@ An ablation is one override:
     q in place of k           features=Features(keys="query")
     last layer only           gates=last_layer(preset(name).memories()[0].rule)
 
-The last three are the sceptics' (arXiv 2602.21204): a model that is as good with them does not use what its memory is
-said to do.
+The last three are controls suggested by critics (arXiv 2602.21204): a model that is as good with
+one of them does not use its memory as claimed.
 """
 
 import dataclasses
@@ -50,16 +50,18 @@ TITANS = MemoryConfig(
         "forget": Gate(bias=-5.0, per_weight=True),
     },
 )
-"""Titans' memory: deep, momentum, forgetting, a gate for each of its weights (NeurIPS version, 3 and App. B.3)."""
+"""Titans' memory: deep, momentum, forgetting, a gate for each of its weights (NeurIPS version, 3
+and App. B.3)."""
 
 WINDOW = AttentionConfig(window_size=2048)
 PERSISTENT = AttentionConfig(window_size=2048, num_persistent=128)
 
 
 def _by_channel(scale: float, lr: float, forget: float) -> dict[str, Gate]:
-    """Gates of Moneta, Yaad and Memora: one value for each output channel of each weight, of rank 32 (MIRAS 5.3).
+    """Gates of Moneta, Yaad and Memora: one per output channel of each weight, of rank 32 (MIRAS
+    5.3).
 
-    scale: the largest step; lr, forget: first biases.
+    scale: the largest step; lr, forget: initial biases.
     """
     return {
         "lr": Gate(scale=scale, bias=lr, per_weight=True, channels="output"),
@@ -68,16 +70,17 @@ def _by_channel(scale: float, lr: float, forget: float) -> dict[str, Gate]:
 
 
 PLAIN = Features(activation="identity", values="identity", normalize=False)
-"""Queries, keys and values as they are projected."""
+"""Queries, keys and values straight from their projections."""
 
 SILU = Features(normalize=False)
-"""SiLU behind the convolutions, no norm."""
+"""SiLU after the convolutions, no norm."""
 
 DT = Gate("softplus", bias=-6.9, spread=4.65)
-"""Mamba's time step, between 0.001 and 0.1 at first (Mamba 3.6)."""
+"""Mamba's time step, initially between 0.001 and 0.1 (Mamba 3.6)."""
 
 DECAY = Gate("decay", bias=-6.9, spread=4.65)
-"""1 - exp(-A dt), with a learned A between 1 and 16 and a dt of its own as Mamba's (Gated DeltaNet 3.4)."""
+"""1 - exp(-A dt), with a learned A between 1 and 16 and a dt of its own as Mamba's (Gated DeltaNet
+3.4)."""
 
 MEMORIES: dict[str, MemoryConfig] = {
     "linear-attention": MemoryConfig(
@@ -197,7 +200,7 @@ MEMORIES: dict[str, MemoryConfig] = {
         initial_scale=1.5,
     ),
 }
-"""Models of memories alone."""
+"""Models with memories only."""
 
 PRESETS: dict[str, tuple[MixerConfig, ...]] = {
     "transformer": (AttentionConfig(),),
@@ -260,11 +263,12 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
 
 
 def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
-    """The config with some settings changed, wherever they stand in it.
+    """The config with some settings changed, in whichever part they belong to.
 
-    They are fields of `ModelConfig`, of its mixers, and of the rules of its memories (`memory`, `bias`, `retention`,
-    `algorithm`, `chunk_size`); `gates` changes the gates that it names; `pattern` holds mixers or names of mixers.
-    Raises ValueError for a setting that no part of the model has.
+    They are fields of `ModelConfig`, of its mixers, and of the rules of its memories (`memory`,
+    `bias`, `retention`, `algorithm`, `chunk_size`); `gates` changes the gates that it names;
+    `pattern` holds mixers or names of mixers. Raises ValueError for a setting that no part of the
+    model has.
     """
     changed = config.changed(overrides)
     if reason := changed.unread(overrides):
@@ -273,13 +277,13 @@ def override(config: ModelConfig, **overrides: Any) -> ModelConfig:
 
 
 def last_layer(rule: Rule) -> dict[str, Gate]:
-    """Gates that leave all but the last layer of a rule's memory as they begin, as an override of `gates`.
+    """Gates that update only the last layer of a rule's memory, as an override of `gates`.
 
-    Raises ValueError for a memory of one layer, which has nothing to leave.
+    Raises ValueError for a memory with one layer.
     """
     shapes = rule.memory.shapes(2, 2)
     last = max(i for i, (d_in, _) in enumerate(shapes.values()) if d_in > 1)
-    still = list(shapes)[:last]  # a bias behind the last matrix belongs to it
+    still = list(shapes)[:last]  # a bias after the last matrix belongs to it
     if not any(shapes[n][0] > 1 for n in still):
         raise ValueError(
             f"last_layer: {rule.memory} has one layer, so there is none to leave as it begins; give a deeper one, "
@@ -289,15 +293,16 @@ def last_layer(rule: Rule) -> dict[str, Gate]:
 
 
 def parameters(config: ModelConfig) -> int:
-    """The number of learned parameters of a model, which is not made for it."""
+    """The number of learned parameters of a model, computed without making it."""
     with torch.device("meta"):
         return LM(config).num_parameters()
 
 
 def match_size(config: ModelConfig, wanted: int) -> ModelConfig:
-    """The config with the even SwiGLU width that brings its number of parameters nearest to `wanted`.
+    """The config with the even SwiGLU width that brings the number of parameters closest to
+    `wanted`.
 
-    It is never narrower than 2, so that a model may stay larger.
+    The width is at least 2, so the model may stay larger.
     """
     if config.mlp is None:
         raise ValueError("match_size: the model has no MLP whose width could change")
@@ -307,11 +312,11 @@ def match_size(config: ModelConfig, wanted: int) -> ModelConfig:
 
 
 def attention_twin(config: ModelConfig) -> ModelConfig:
-    """The attention-only model of equal size: same windows (a segment's length for memory as context), memories out,
-    the SwiGLU wider by what they held.
+    """The attention-only model of equal size: the same windows (the segment length for memory as
+    context), no memories, and a SwiGLU wider by as many parameters as they had.
 
-    A layer without attention gets that of the next one that has some. The size is the nearest that a SwiGLU of even
-    width gives.
+    A layer without attention gets that of the next layer with attention. The size is the closest
+    that an even SwiGLU width gives.
     """
     seen = [each.sees() for each in config.pattern]
     other = next((fields for fields in seen if fields), {})

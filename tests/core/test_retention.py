@@ -138,7 +138,7 @@ def test_what_a_retention_says_of_itself(retention, gates, linear, direct, along
         (lambda: Simplex("rows"), "Simplex: axis must be one of 'input', 'output', 'all', got 'rows'"),
         (lambda: Simplex(scale=0), "Simplex: scale must be a positive number or None, got 0"),
         (lambda: FDivergence(axis=0), "FDivergence: axis must be one of 'input', 'output', 'all', got 0"),
-        (lambda: FDivergence(iterations=0), "FDivergence: iterations must be a whole number of at least 1"),
+        (lambda: FDivergence(iterations=0), "FDivergence: iterations must be an integer of at least 1"),
         (lambda: FDivergence(inverse=1), "FDivergence: inverse must be a function of a tensor"),
         (lambda: Bregman("exp"), "Bregman: inverse must be a function of a tensor"),
         # Not positive; decreasing; never above 1; never below 1; undefined on the left.

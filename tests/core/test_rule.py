@@ -268,7 +268,7 @@ def test_masks_of_another_kind(function, name, mask):
 @both
 def test_reset_needs_where_to_go_back_to(function):
     reset = torch.zeros(B, T, dtype=torch.bool)
-    message = "scan: reset goes back to the initial accumulators; give them as initial=A0"
+    message = "scan: reset needs the initial accumulators; pass initial=A0"
     refused(function, message, arguments(RULE), reset=reset)
 
 

@@ -206,9 +206,9 @@ def warm(model: MirasForCausalLM) -> MirasCache:
 def test_what_would_drop_tokens_is_refused(tiny: Make):
     model, new = tiny(), text(1, 14, seed=1)
     for given in ({"input_ids": new}, {"input_ids": new[:, :3]}, {"inputs": new}):
-        with pytest.raises(ValueError, match=r"has read 10 tokens, and this prompt does not begin with them"):
+        with pytest.raises(ValueError, match=r"has read 10 tokens, but this prompt does not start with them"):
             model.generate(**given, past_key_values=warm(model), **GREEDY)
-    with pytest.raises(ValueError, match="made is not read yet, and these inputs leave it out"):
+    with pytest.raises(ValueError, match="has not been read yet, and these inputs omit it"):
         model(new, past_key_values=warm(model))
     cache = warm(model)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_a_whole_prompt_is_recognised_after_chunks_and_single_tokens(tiny: Make)
     more = torch.cat([tokens, text(2, 3, seed=1)], 1)
     changed = more.clone()
     changed[1, 4] += 1
-    with pytest.raises(ValueError, match="does not begin with them"):
+    with pytest.raises(ValueError, match="does not start with them"):
         model.generate(changed % 256, past_key_values=cache, **GREEDY)
     assert torch.equal(model.generate(more, past_key_values=cache, **GREEDY), greedy(model, more, 6))
 
@@ -248,7 +248,7 @@ def test_a_cache_that_does_not_hold_what_was_returned_is_closed(tiny: Make):
 
 def test_other_caches_are_refused(tiny: Make):
     model, tokens = tiny(), text(1, 4)
-    with pytest.raises(ValueError, match="cache_implementation='static' is not for these models"):
+    with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
         model.generate(tokens, **GREEDY, cache_implementation="static")
     with pytest.raises(ValueError, match="must be a MirasCache, got a DynamicCache"):
         model.generate(tokens, **GREEDY, past_key_values=DynamicCache())
@@ -294,7 +294,7 @@ def test_the_cache_counts_and_forgets(tiny: Make):
     assert cache.is_initialized and not cache.is_compileable and not cache.is_croppable
     cache.begin_turn(text(3, 2))
     assert cache.get_seq_length() == 0 and cache.state is state
-    with pytest.raises(ValueError, match="cannot unlearn its last 2 tokens"):
+    with pytest.raises(ValueError, match="cannot undo its last 2 tokens"):
         cache.crop(-2)
     cache.reset()
     assert cache.state is None and cache.batch_size == -1 and len(cache) == 0 and not cache.is_initialized

@@ -189,17 +189,17 @@ def test_layers_with_chunks_of_their_own_stream_at_any_cut():
         (
             "titans-mac",
             {"window_size": 8},
-            "window_size is read by layers of attention, mag, mal only, and this",
+            "window_size is only used by layers of attention, mag, mal, and this",
         ),
         (
             "transformer",
             {"chunk_size": 4},
-            "chunk_size is read by layers of memory, mac, mag, mal only, and this",
+            "chunk_size is only used by layers of memory, mac, mag, mal, and this",
         ),
         (
             "titans-mag",
             {"segment_size": 8},
-            "segment_size is read by layers of mac only, and this model has mag",
+            "segment_size is only used by layers of mac, and this model has mag",
         ),
         ("titans-mag", {"windw_size": 8}, "unknown field 'windw_size', perhaps you meant 'window_size'"),
     ],

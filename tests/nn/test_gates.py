@@ -144,7 +144,7 @@ BOUND = Rule(Matrix(), retention=Decay(), algorithm=GradientDescent(step_bound=1
             {"forget": Gate("decay", follows="momentum")},
             "forget follows 'momentum', which must be a gate",
         ),
-        (MATRIX, {"forget": Gate("softplus")}, "forget is a share of at most 1, this gate can be inf"),
+        (MATRIX, {"forget": Gate("softplus")}, "forget must be at most 1, but this gate can be inf"),
         (MATRIX, {"forget": Gate("exp2", step=1.0, source="fixed")}, "this gate can be 4"),
         (MOMENTUM, {"momentum": Gate("softplus")}, "momentum must stay below 1"),
         (

@@ -320,7 +320,7 @@ def test_errors():
     for scale in (0.0, -1.0):
         with refused(ValueError, f"Gate: scale must be positive, got {scale}"):
             Gate(scale=scale)
-    with refused(ValueError, "Gates: the rule reads momentum, which no Gate(...) is given for"):
+    with refused(ValueError, "Gates: the rule reads momentum; give a Gate(...) for each"):
         Gates(HIDDEN, HEADS, RULE, {"lr": Gate(), "forget": Gate()}, 6, 6)
     for scale in (1.0, 1.5):
         with refused(
@@ -347,7 +347,7 @@ def test_a_configs_errors():
         ({"pattern": ()}, "pattern must name one or more of"),
         ({"pattern": (MemoryConfig(), "mamba")}, "miras.preset(NAME, pattern=(...)) also takes their names"),
         ({"head_dim": 7, "pattern": (AttentionConfig(),)}, "rotary positions need an even head width, got 7"),
-        ({"mlp": None, "intermediate_size": 8}, "and this model has mlp=None; leave out intermediate_size=8"),
+        ({"mlp": None, "intermediate_size": 8}, "and this model has mlp=None; omit intermediate_size=8"),
     ):
         with refused(ValueError, message):
             ModelConfig(**changed)
@@ -517,7 +517,7 @@ OTHERS = {
     "window": (
         LAYERS["window"],
         lambda: AttentionLayer(HIDDEN, HEADS, window_size=6),
-        "5 keys, this one's 6",
+        "5 keys, this layer's 6",
     ),
     "shorter window": (LAYERS["window"], lambda: AttentionLayer(HIDDEN, HEADS, window_size=4), "5 keys"),
     "all": (LAYERS["full"], lambda: AttentionLayer(HIDDEN, HEADS, head_dim=4, window_size=4), "26 keys"),

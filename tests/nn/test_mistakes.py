@@ -108,11 +108,11 @@ def test_a_model_reads_tensors_of_ids(given: Any, message: str):
         (lambda: lm(num_hidden_layers=3)(IDS)[1], "another model: it has 3 layers, this one 2"),
         (
             lambda: lm()(IDS.expand(3, 9))[1],
-            "the state has 3 rows and the tokens 1; a state goes on with the rows",
+            "the state has 3 rows and the tokens 1; a state continues the rows",
         ),
         (
             lambda: lm()(IDS),
-            "must be an LMState, got a tuple; a call returns (logits, state), of which the second",
+            "must be an LMState, got a tuple; a call returns (logits, state): pass the second",
         ),
         (dict, "must be an LMState, got a dict"),
     ],
@@ -154,7 +154,9 @@ def test_a_layer_says_what_it_reads(name: str):
 def test_texts_and_tokenizers_of_others_are_named(tmp_path):
     model = lm()
     for call in (miras.read, lambda m, text: miras.generate(m, text, 3)):
-        with refused("tokens are numbers, got a text; encode it first: miras.ByteTokenizer().encode(text)"):
+        with refused(
+            "tokens must be integers, got a text; encode it first: miras.ByteTokenizer().encode(text)"
+        ):
             call(model, "text")
     other = byte_tokenizer()
     for call in (miras.Session, lambda m, t: miras.surprise_page(m, "text", t)):

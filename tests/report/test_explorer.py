@@ -342,7 +342,7 @@ def test_the_command_writes_a_page(shared: Path, tmp_path: Path, capsys: pytest.
     out = tmp_path / "new" / "page.html"
     assert report(shared, f"@model @text.txt --tokens 300 --layers 1 --out {out}") == 0
     said = capsys.readouterr().out
-    assert said.startswith("300 tokens (the text goes on") and str(out) in said
+    assert said.startswith("300 tokens (the text is longer") and str(out) in said
     page = Unpacked.of(out.read_text(encoding="utf-8"))
     assert "".join(page.pieces) == load_novel().heldout[:300].decode()
     assert {layer for _, layer, _ in page.values} == {None, 1}
@@ -377,7 +377,7 @@ def test_pieces_of_words_and_models_without_memory_have_pages_too(shared: Path, 
         ("@model @junk.txt", "is not text: much of it is not UTF-8"),
         ("@nothing @text.txt", "nothing"),
         ("@foreign @text.txt", "its tokenizer.json has 300 ids, the model only 256"),
-        ("@model @text.txt --layers 2", "those with a memory are 0, 1"),
+        ("@model @text.txt --layers 2", "layers with a memory: 0, 1"),
         ("@plain @text.txt --layers 0", "the model has no memory"),
         ("@model @text.txt --tokens -1", "--tokens must be positive"),
         ("@words @text.txt --load-state @state", "belongs to another model"),

@@ -77,10 +77,10 @@ def test_help_needs_no_torch():
             "unknown command 'fed', perhaps you meant 'feed'; known are new, feed, chat",
         ),
         ("new a.session model", "a.session: the name of a session ends in .miras"),
-        ("new s.miras model", "s.miras exists already"),
+        ("new s.miras model", "s.miras already exists"),
         ("new a.miras nowhere", "nowhere is not a model"),
         ("new a.miras model --keep -1", "keep must be 0"),
-        ("feed none.miras day1.txt", "none.miras does not exist; name the file of a saved session"),
+        ("feed none.miras day1.txt", "none.miras does not exist; give the file of a saved session"),
         ("feed day1.txt day1.txt", "day1.txt is corrupt or cut off"),
         ("feed broken.miras day1.txt", "broken.miras is corrupt or cut off"),
         ("feed flipped.miras day1.txt", "flipped.miras is corrupt: its checksum differs"),
@@ -91,17 +91,17 @@ def test_help_needs_no_torch():
         ("feed s.miras day1.txt --learn --lr -1", "lr must be at least 0, got -1.0"),
         ("feed s.miras day1.txt --learn --segment 1", "segment must be at least 2, got 1"),
         ("feed s.miras day1.txt --learn --replay -1", "replay must be at least 0, got -1"),
-        ("feed s.miras day1.txt --replay 3", "--replay is for learning outer weights: add --learn"),
-        ("feed s.miras day1.txt --lr 0.1", "--lr is for learning outer weights: add --learn"),
+        ("feed s.miras day1.txt --replay 3", "--replay requires --learn; add it"),
+        ("feed s.miras day1.txt --lr 0.1", "--lr requires --learn; add it"),
         ("feed s.miras day1.txt --model other", "s.miras belongs to another model"),
         (
             "feed lost.miras day1.txt",
-            "lost.miras: its model was in gone and is not there any more; name the folder of model",
+            "lost.miras: its model was in gone, which no longer exists; give the folder of model",
         ),
         ("chat s.miras --top-p 2", "top_p must be above 0 and at most 1"),
         ("chat s.miras --tokens -1", "num_tokens must not be negative"),
         ("fork s.miras t", "t: the name of a session ends in .miras; call it t.miras"),
-        ("fork s.miras lost.miras", "lost.miras exists already"),
+        ("fork s.miras lost.miras", "lost.miras already exists"),
         ("fork broken.miras t.miras", "broken.miras is corrupt or cut off"),
         ("fork flipped.miras t.miras", "flipped.miras is corrupt: its checksum differs"),
         ("mark s.miras a --drop", "the session has no mark 'a'; it has no marks yet"),
@@ -109,7 +109,7 @@ def test_help_needs_no_torch():
         ("show none.miras", "none.miras does not exist"),
         ("diff s.miras none.miras", "none.miras does not exist"),
         ("recall broken.miras", "broken.miras is corrupt or cut off"),
-        ("list nowhere", "nowhere is not a folder; name one to look"),
+        ("list nowhere", "nowhere is not a folder; give a folder"),
     ],
 )
 def test_what_goes_wrong_is_one_clear_line(
@@ -146,7 +146,7 @@ def test_day_after_day(place: Path, tiny: Make, text: bytes, capsys: pytest.Capt
     out = capsys.readouterr().out
     assert (
         "day1.txt: 100 tokens, loss " in out
-        and "from 160 tokens back to 'monday'; b.miras: 100 tokens" in out
+        and "rewound from 160 tokens to 'monday'; b.miras: 100 tokens" in out
     )
     mine = Session(tiny(), ByteTokenizer(), keep=20)
     mine.feed(text[:100], "day1.txt")
@@ -216,7 +216,7 @@ def test_learning(place: Path, tiny: Make, text: bytes, capsys: pytest.CaptureFi
     assert run("recall s.miras") == 0
     assert "base model" in capsys.readouterr().out
     assert run("show s.miras") == 0
-    assert "away from the model's, by learning" in capsys.readouterr().out
+    assert "after learning" in capsys.readouterr().out
     assert run("feed s.miras day2.txt") == 0  # the model's hash is still that of the base
     assert read_header("s.miras").about.model == session.hash and read_header("s.miras").learned
 

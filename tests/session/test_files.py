@@ -140,7 +140,7 @@ def test_a_flipped_byte_is_refused_by_name(saved: tuple[Session, Path]):
             found = Session.load(path, session.base, session.tokenizer)
         except ValueError as error:
             assert str(path) in str(error)
-            assert at < body or "checksum differs, a byte has changed" in str(error)
+            assert at < body or "checksum differs: a byte has changed" in str(error)
             refused += 1
         else:
             assert at < body and equal(found.now.state, session.now.state)  # padding of the header
@@ -195,7 +195,7 @@ def test_a_streams_state_is_a_session_without_a_past(session: Session, text: byt
     assert Session.load(tmp_path / "old.state", session.base, session.tokenizer).tokens == 60
     two = read(session.base, np.zeros((2, 5), dtype=np.int64)).state
     save_state(tmp_path / "two.state", two, session.base)
-    with pytest.raises(ValueError, match=r"two\.state holds 2 streams; a session can go on with only one"):
+    with pytest.raises(ValueError, match=r"two\.state holds 2 streams; a session can continue only one"):
         Session.load(tmp_path / "two.state", session.base, session.tokenizer)
 
 

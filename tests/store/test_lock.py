@@ -29,7 +29,7 @@ def test_what_has_the_locks_name_is_not_written_to(tmp_path: Path, kind: str):
     else:
         lock.write_bytes(b"precious" * 8)
     with (
-        pytest.raises(ValueError, match=r"\.s\.lock is not a lock that miras made"),
+        pytest.raises(ValueError, match=r"\.s\.lock is not a lock made by miras"),
         hold(tmp_path / "s", "wait"),
     ):
         pass
@@ -83,7 +83,7 @@ def test_two_trainings_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(line) == 2
     said = capsys.readouterr().err
     assert (
-        "run is in use by process 17; a run has one writer at a time: wait for it, or choose another --out"
+        "run is in use by process 17; a run can have one writer at a time: wait for it, or choose another --out"
         in said
     )
     assert main(line) == 0

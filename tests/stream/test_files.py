@@ -146,7 +146,7 @@ def test_what_is_no_state_is_refused(saved: tuple[LM, Path], tmp_path: Path, mon
     model, path = saved
     with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         load_state(tmp_path / "nowhere", model)
-    with pytest.raises(FileNotFoundError, match="is a folder, not a stream's state, which is one file"):
+    with pytest.raises(FileNotFoundError, match="is a folder; a stream's state is a single file"):
         load_state(tmp_path, model)
     save_file({"x": torch.zeros(1)}, tmp_path / "weights")
     with pytest.raises(ValueError, match="is not a stream's state"):

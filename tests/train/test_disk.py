@@ -154,7 +154,8 @@ def test_the_commands_say_that_the_disk_is_full(tmp_path, monkeypatch, capsys, c
         fill_disk(patch, call, "memory.state")
         assert main(["stream", "run/model", "text.txt", "--save-state", "memory.state"]) == 2
     # Where no file can be made at all, it is said before anything is read.
-    early = "--save-state memory.state cannot be written (No space left on device); name a file where you may write"
+    early = "--save-state memory.state cannot be written (No space left on device)"
+    early += "; choose a place where you may write"
     late = "No space left on device: memory.state"
     assert capsys.readouterr().err == f"miras: {early if call == 'open' else late}\n"
     assert Path("memory.state").read_bytes() == before

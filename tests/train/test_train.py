@@ -89,7 +89,7 @@ def test_the_loss_that_is_shown_is_a_plain_mean(tmp_path, capsys):
     said = capsys.readouterr().err
     shown = dict(re.findall(r"step (\d+)/60  loss ([\d.]+)", said))
     found = losses(tmp_path)
-    assert f"the mean of the last {WINDOW} steps" in said
+    assert f"means over the last {WINDOW} steps" in said
     for step in (3, 60):
         last = found[max(0, step - WINDOW) : step]
         assert float(shown[str(step)]) == pytest.approx(sum(last) / len(last), abs=6e-4)
@@ -98,7 +98,9 @@ def test_the_loss_that_is_shown_is_a_plain_mean(tmp_path, capsys):
 def test_a_state_that_would_grow_is_not_carried(tmp_path, capsys):
     whole = options(tmp_path, preset="transformer", window_size=None, num_persistent=None, chunk_size=None)
     assert train(dataclasses.replace(whole, steps=4)) == 0
-    assert "each step begins anew (--window-size bounds it)" in " ".join(capsys.readouterr().err.split())
+    assert "each step starts with a new state (--window-size bounds it)" in " ".join(
+        capsys.readouterr().err.split()
+    )
     _, tensors, meta = load_checkpoint(checkpoints(tmp_path)[-1])
     assert not [name for name in tensors if name.startswith("lanes")] and not any(meta["lanes"])
     assert train(dataclasses.replace(whole, resume=True)) == 0
@@ -170,7 +172,7 @@ def test_a_checkpoint_that_is_not_good_is_told(tmp_path, monkeypatch, capsys):
     run.save(tmp_path, read_meta(newest)["options"], {}, keep=2)
     assert train(options(tmp_path, resume=True)) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "step-4 holds such numbers too. Move it away" in said and said.endswith("step-0.")
+    assert "step-4 is not finite either. Move it away" in said and said.endswith("step-0.")
 
 
 def test_the_command_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What stands between the linear maps of a memory, made to be differentiated twice."""
+"""Nonlinearities of memories, made to be differentiated twice."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +14,8 @@ layer_norm_backward = torch.ops.aten.native_layer_norm_backward.default
 
 
 def gelu(x: Tensor) -> Tensor:
-    """Exact GELU, x Phi(x); its second derivative is one expression and not a graph of a dozen."""
+    """Exact GELU, x Phi(x), whose second derivative is one expression instead of a graph of a
+    dozen."""
     return F.gelu(x) if _plain() else made(gelu, _Gelu.apply(x), x)
 
 
@@ -30,15 +31,16 @@ class _Gelu(torch.autograd.Function):
         (g,) = grads
         (x,) = ctx.saved_tensors
         slope = gelu_backward(torch.ones_like(x), x.detach()) if ctx.slope is None else ctx.slope
-        if torch.is_grad_enabled():  # an inner gradient: the outer one comes here again
+        if torch.is_grad_enabled():  # an inner gradient: the outer gradient comes here again
             ctx.slope = slope
             return made(_GeluBackward.apply, _GeluBackward.apply(g, x, slope), g, x, slope)
-        ctx.slope = None  # the graph may live on, this need not
+        ctx.slope = None  # the graph may outlive this tensor
         return g * slope
 
 
 class _GeluBackward(torch.autograd.Function):
-    """g gelu'(x), with gelu'(x) = Phi(x) + x phi(x), given as slope, and gelu''(x) = (2 - x^2) phi(x)."""
+    """g gelu'(x), with gelu'(x) = Phi(x) + x phi(x), given as slope, and gelu''(x) = (2 - x^2)
+    phi(x)."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, slope: Tensor) -> Tensor:
@@ -61,7 +63,8 @@ def gelu_bend(x: Tensor) -> Tensor:
 
 
 def made(by: Callable[..., Tensor], y: Tensor, *parts: Tensor) -> Tensor:
-    """y, with a note that it is by(*parts): cheap to make again from what is kept anyway (see `save_lean`)."""
+    """y, marked as by(*parts): cheap to recompute from tensors that are saved anyway (see
+    `save_lean`)."""
     setattr(y, _MADE, (by, parts))
     return y
 
@@ -84,7 +87,7 @@ def saved_lean(ctx: Any) -> list[Tensor]:
 
 
 EPS = 1e-5
-"""What keeps a layer norm from dividing by 0."""
+"""The epsilon of layer norms."""
 
 
 def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
@@ -93,7 +96,8 @@ def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
 
 
 def _plain() -> bool:
-    """Whether torch's own operation will do: no backward pass is recorded, or a compiler makes it."""
+    """Whether torch's own operation suffices: no backward pass is recorded, or a compiler makes
+    it."""
     return not torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
@@ -115,7 +119,8 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _LayerNormBackward(torch.autograd.Function):
-    """s (g - m(g) - y m(g y)): s = 1 / deviation, y the normalised x, m the mean over the last axis."""
+    """s (g - m(g) - y m(g y)): s = 1 / deviation, y the normalised x, m the mean over the last
+    axis."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -128,7 +133,7 @@ class _LayerNormBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
         (h,) = grads
         g, x, mu, scale, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():  # someone differentiates once more: everything as a function of x
+        if torch.is_grad_enabled():  # differentiated once more: everything as a function of x
             scale = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
             y = (x - x.mean(-1, keepdim=True)) * scale
             by_g, slope = (scale * (u - u.mean(-1, keepdim=True) - _mean(u, y) * y) for u in (h, g))
@@ -148,5 +153,6 @@ def _mean(a: Tensor, b: Tensor) -> Tensor:
 
 
 def layer_norm_slope(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of a layer norm's input x from that of its output g, given x's mean and 1 / deviation."""
+    """The gradient of a layer norm's input x from that of its output g, given x's mean and
+    1 / deviation."""
     return layer_norm_backward(g, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]

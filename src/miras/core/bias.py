@@ -1,8 +1,9 @@
-"""Axis 2, attentional bias: the inner loss, one number per token. Gradients are derived from it, never typed in;
-only Lp's `tanh` is a gradient by definition, and its loss the integral.
+"""Axis 2, attentional bias: the inner loss, one number per token. Its gradients are derived by
+autograd; only Lp's `tanh` is defined by its gradient, and its loss is the integral.
 
-r = pred - target is the residual of a token, |r|_eps = sqrt(r^2 + eps) the smooth absolute value (MIRAS remark 5).
-First and second derivatives are finite everywhere, thresholds of 0 included, and at r = 0 those of every order are.
+r = pred - target is the residual of a token, |r|_eps = sqrt(r^2 + eps) the smooth absolute value
+(MIRAS remark 5). First and second derivatives are finite everywhere, also for thresholds of 0; at
+r = 0 those of every order are.
 """
 
 import math
@@ -25,7 +26,7 @@ ABOVE_0 = "a number above 0"
 
 
 class Bias(Typed, ABC):
-    """What the memory is asked to do with a pair: a loss of its prediction (..., d_value) against the value."""
+    """The loss of a memory's prediction (..., d_value) for a key, compared with the value."""
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -34,11 +35,12 @@ class Bias(Typed, ABC):
 
     @property
     def channelwise(self) -> tuple[str, ...]:
-        """Those of `gates` that may also be given per channel, (..., d_value) like the prediction."""
+        """Those of `gates` that may also be given per channel, (..., d_value) like the
+        prediction."""
         return ()
 
     def refusal(self, rule: Any) -> str | None:
-        """Why this bias has no meaning in `rule`, or None when it has one."""
+        """Why this bias is not supported in `rule`, or None."""
         return None
 
     @abstractmethod
@@ -56,7 +58,8 @@ class L2(Bias):
 
 @dataclass(frozen=True)
 class Dot(Bias):
-    """Similarity, -<pred, target>: Hebbian writing, as in linear attention and RetNet (MIRAS 4.5)."""
+    """Similarity, -<pred, target>: Hebbian writing, as in linear attention and RetNet (MIRAS
+    4.5)."""
 
     def loss(self, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
         return -(pred * target).sum(-1)
@@ -64,7 +67,8 @@ class Dot(Bias):
 
 @dataclass(frozen=True)
 class L1(Bias):
-    """Absolute error, sum_j |r_j|_eps: "value-less", keys are mapped to signs (MIRAS eq. 12). Is Lp(1).
+    """Absolute error, sum_j |r_j|_eps: "value-less", keys are mapped to signs (MIRAS eq. 12). Is
+    Lp(1).
 
     Raises ValueError for an eps that is not above 0.
     """
@@ -81,16 +85,17 @@ class L1(Bias):
 
 @dataclass(frozen=True)
 class Lp(Bias):
-    """The p-th power of the l_p error, sum_j |r_j|_eps^p for a real p >= 1 (MIRAS eq. 10 and 11). Lp(2) is twice L2.
+    """The p-th power of the l_p error, sum_j |r_j|_eps^p for a real p >= 1 (MIRAS eq. 10 and 11).
+    Lp(2) is twice L2.
 
-    `clip` c continues every coordinate's term f linearly beyond |r_j| = c, as f(c) + f'(c) (|r_j| - c): its
-    gradient is at most f'(c) = p c (c^2 + eps)^(p/2 - 1), about p c^(p-1). For p > 2 the curvature grows with the
-    error, so that on a memory whose output is not normalised one large residual makes all that follow larger: give
-    a clip there, with lr p (p-1) c^(p-2) |k|^2 below 2.
+    `clip` c continues every coordinate's term f linearly beyond |r_j| = c, as f(c) + f'(c)
+    (|r_j| - c): its gradient is at most f'(c) = p c (c^2 + eps)^(p/2 - 1), about p c^(p-1). For
+    p > 2 the curvature grows with the error: in a memory whose output is not normalised, one large
+    residual makes all later ones larger. Use a clip there, with lr p (p-1) c^(p-2) |k|^2 below 2.
 
-    `tanh` a takes the product that MIRAS uses for the derivative, f' = p tanh(a r) |r|_eps^(p-1) (remark 5, which
-    names no a; 20 is a fair choice). Its integral has no closed form: the value is a quadrature, right to about
-    1e-6 of itself, the derivatives are exact.
+    `tanh` a uses MIRAS' smooth derivative, f' = p tanh(a r) |r|_eps^(p-1) (remark 5 gives no a; 20
+    is reasonable). Its integral has no closed form: the value is computed by quadrature with a
+    relative error of about 1e-6; the derivatives are exact.
 
     Raises ValueError for p below 1, or an eps, clip or tanh that is not above 0.
     """
@@ -111,7 +116,7 @@ class Lp(Bias):
         r = pred - target
         if self.clip is None:
             return self._term(r).sum(-1)
-        # relu, not clamp: at |r| = clip exactly the inner term alone has a derivative.
+        # relu, not clamp: exactly at |r| = clip only the inner term has a derivative.
         beyond = F.relu(r.abs() - self.clip)
         return (self._term(r.clamp(-self.clip, self.clip)) + self._slope(self.clip) * beyond).sum(-1)
 
@@ -122,7 +127,7 @@ class Lp(Bias):
         return _Integral.apply(r, partial(_tanh_power, p=self.p, eps=self.eps, a=self.tanh), self.tanh)
 
     def _slope(self, r: float) -> float:
-        """f'(r) at a number."""
+        """f'(r) of a number."""
         p, square = self.p, r * r + self.eps
         if self.tanh is None:
             return p * r * square ** (p / 2 - 1)
@@ -131,10 +136,11 @@ class Lp(Bias):
 
 @dataclass(frozen=True)
 class LInf(Bias):
-    """Largest absolute error, smoothed: tau log sum_j exp(|r_j|_eps / tau), at most tau log d_value above it.
+    """Largest absolute error, smoothed: tau log sum_j exp(|r_j|_eps / tau), at most tau log d_value
+    above it.
 
-    Its gradient, softmax(|r|_eps / tau) r / |r|_eps, is at most 1. Not in the papers. Raises ValueError for a tau
-    or eps that is not above 0.
+    Its gradient, softmax(|r|_eps / tau) r / |r|_eps, is at most 1. Not in the papers. Raises
+    ValueError for a tau or eps that is not above 0.
     """
 
     tau: float = 0.1
@@ -151,17 +157,19 @@ class LInf(Bias):
 
 @dataclass(frozen=True)
 class Huber(Bias):
-    """Squared near the value and linear far from it, beyond a threshold delta, so that outliers count less.
+    """Squared near the value and linear far from it, beyond a threshold delta, so that outliers
+    count less.
 
     With H(a) = a^2 / 2 for |a| <= delta, else delta (|a| - delta / 2) (MIRAS eq. 13):
 
     norm        H(|r|_2), gradient r or delta r / |r|_2 (eq. 15)
     coordinate  sum_j H(r_j) (eq. 14); delta may differ per channel
-    mixture     |r|_2^2 / 2 for |r|_2 <= delta, else delta sum_j |r_j|_eps: Yaad as printed (eq. 16 and 26). Loss
-                and gradient jump at the threshold, the gradient's norm from delta to delta sqrt(d_value).
+    mixture     |r|_2^2 / 2 for |r|_2 <= delta, else delta sum_j |r_j|_eps: Yaad as printed (eq. 16
+                and 26). Loss and gradient jump at the threshold, the norm of the gradient from
+                delta to delta sqrt(d_value).
 
-    `delta` None is the data-dependent gate "delta" (not below 0), a number fixes it. `eps` belongs to the mixture.
-    Raises ValueError for an unknown kind, or a delta or eps that is not above 0.
+    `delta` None is the data-dependent gate "delta" (not below 0), a number fixes it. `eps` belongs
+    to the mixture. Raises ValueError for an unknown kind, or a delta or eps that is not above 0.
     """
 
     kind: Literal["norm", "coordinate", "mixture"] = "norm"
@@ -198,23 +206,25 @@ class Huber(Bias):
         inside = square.detach().sqrt() <= delta
         if self.kind == "mixture":
             return torch.where(inside, 0.5 * square, delta * _smooth_abs(r, self.eps).sum(-1))
-        # The root of 1 inside: a branch that `where` does not take still gives 0 * inf = NaN at r = 0.
+        # The root of 1 inside the threshold: the branch that `where` does not take would give
+        # 0 * inf = NaN at r = 0.
         size = torch.where(inside, 1, square).sqrt()
         return torch.where(inside, 0.5 * square, delta * (size - 0.5 * delta))
 
 
 @dataclass(frozen=True)
 class Robust(Bias):
-    """The half squared error at the worst value in a ball of a radius D, max over |d| <= D of |r - d|_2^2 / 2.
+    """The half squared error at the worst value in a ball of a radius D, max over |d| <= D of
+    |r - d|_2^2 / 2.
 
     l2    |r|_2^2 / 2 + D |r|_2 + D^2 / 2              (MIRAS eq. 17)
     linf  |r|_2^2 / 2 + sum_j (D_j |r_j| + D_j^2 / 2)  (a box: the radius may differ per channel)
     l1    |r|_2^2 / 2 + D max_j |r_j| + D^2 / 2
 
-    The last two are not in the papers. They have kinks, smoothed here: |r|_2 as sqrt(r^2 + eps), |r_j| as
-    |r_j|_eps, the max as in LInf with `tau`. Radius 0 is L2. `radius` None is the data-dependent gate "radius" (not
-    below 0), a number fixes it. Raises ValueError for an unknown ball, a radius below 0, or an eps or tau that is
-    not above 0.
+    The last two are not in the papers. Their kinks are smoothed here: |r|_2 as sqrt(r^2 + eps),
+    |r_j| as |r_j|_eps, the max as in LInf with `tau`. Radius 0 is L2. `radius` None is the
+    data-dependent gate "radius" (not below 0), a number fixes it. Raises ValueError for an unknown
+    ball, a radius below 0, or an eps or tau that is not above 0.
     """
 
     ball: Literal["l2", "l1", "linf"] = "l2"
@@ -270,18 +280,19 @@ def _smooth_max(x: Tensor, tau: float) -> Tensor:
 
 
 def _per_channel(gate: Tensor | float, r: Tensor) -> Tensor | float:
-    """A gate, a number, (...,) or (..., d_value), as it meets the residual (..., d_value)."""
+    """A gate or number, (...,) or (..., d_value), broadcast to the residual (..., d_value)."""
     return gate[..., None] if isinstance(gate, Tensor) and gate.dim() < r.dim() else gate
 
 
 class _Integral(torch.autograd.Function):
-    """The integral from 0 to r of a function that changes fastest within 1 / a of 0; r any shape."""
+    """The integral from 0 to r of a function that changes fastest within 1 / a of 0; r any
+    shape."""
 
     @staticmethod
     def forward(ctx: Any, r: Tensor, fn: Callable[[Tensor], Tensor], a: float) -> Tensor:
         ctx.save_for_backward(r)
         ctx.fn = fn
-        # s = sinh(t) / a makes room for the steep part; in t the nodes are even.
+        # s = sinh(t) / a stretches the steep part; the nodes are evenly spaced in t.
         end = (a * r).asinh()
         total = torch.zeros_like(r)
         for node, weight in _gauss_legendre(16):

@@ -1,4 +1,4 @@
-"""What the arguments of a scan must be, asked before any work."""
+"""Checks of the arguments of a scan, made before any work."""
 
 import torch
 
@@ -7,7 +7,7 @@ from miras.core.state import known
 
 
 def check(rule: Rule, state: State, call: Call) -> None:
-    """Raise ValueError when the arguments of a scan do not fit together; only shapes are looked at."""
+    """Raise ValueError if the arguments of a scan do not fit together; looks at shapes only."""
     q, k, v, initial = call.q, call.k, call.v, call.initial
     steps = rule.algorithm.steps
     if steps > 1:
@@ -35,11 +35,9 @@ def check(rule: Rule, state: State, call: Call) -> None:
                 f"scan: {name} must be a bool mask (B, T) = {(B, T)}, got {mask.dtype} {tuple(mask.shape)}"
             )
     if call.reset is not None and initial is None:
-        raise ValueError("scan: reset goes back to the initial accumulators; give them as initial=A0")
+        raise ValueError("scan: reset needs the initial accumulators; pass initial=A0")
     if rule.retention.returns and initial is None:
-        raise ValueError(
-            f"scan: {rule.retention} decays towards the initial accumulators; give them as initial=A0"
-        )
+        raise ValueError(f"scan: {rule.retention} decays towards the initial accumulators; pass initial=A0")
     given = {n: tuple(a.shape) for n, a in (initial or {}).items()}
     if initial is not None and given != got:
         raise ValueError(f"scan: initial must have the shapes of the state's weights, {got}; got {given}")
@@ -53,7 +51,8 @@ def check(rule: Rule, state: State, call: Call) -> None:
 
 
 def check_state(rule: Rule, state: State, rows: tuple[int, int], d_key: int, d_value: int) -> None:
-    """Raise ValueError where a state is not one of this rule, for (B, H) rows and heads of these widths."""
+    """Raise ValueError where a state is not one of this rule, for (B, H) rows and heads of these
+    widths."""
     want = rule.memory.shapes(d_key, d_value)
     got = {n: tuple(a.shape) for n, a in state.A.items()}
     if got != {n: (*rows, *shape) for n, shape in want.items()}:
@@ -62,7 +61,7 @@ def check_state(rule: Rule, state: State, rows: tuple[int, int], d_key: int, d_v
             f"{d_value} the weights are {want}, the state holds {got}"
         )
     parts = {
-        "S": (bool(state.S), carries_surprise(rule), "momentum, or steps that are gathered,"),
+        "S": (bool(state.S), carries_surprise(rule), "momentum, or with one update per chunk,"),
         "retained": (bool(state.retained), carries_retained(rule), "a gradient at the decayed memory"),
         "past": (bool(state.past), rule.algorithm.window > 1, "a window"),
         "recent": (bool(state.recent), rule.algorithm.step_bound > 0, "the step bound"),
@@ -71,7 +70,7 @@ def check_state(rule: Rule, state: State, rows: tuple[int, int], d_key: int, d_v
         if there != needed:
             raise ValueError(
                 f"scan: the state belongs to another rule: it holds {'a' if there else 'no'} {name}, which rules "
-                f"with {why} have; begin with init_state(rule, A0)"
+                f"with {why} have; start from init_state(rule, A0)"
             )
     size = rule.by_step.chunk_size
     if state.past and state.past["key"].shape[2] != rule.algorithm.window - 1:
@@ -84,7 +83,8 @@ def check_state(rule: Rule, state: State, rows: tuple[int, int], d_key: int, d_v
 
 
 def place(rule: Rule, state: State) -> list[int]:
-    """How many tokens of the open chunk each row has read. Raises ValueError where that is more than a chunk."""
+    """The number of tokens that each row has read of its open chunk. Raises ValueError for more
+    than a chunk."""
     steps = rule.algorithm.steps if rule.chunk_size > 1 else 1
     found = known(state.phase)
     if max(found, default=0) >= rule.chunk_size * steps:

@@ -1,4 +1,5 @@
-"""Axis 1, memory structure: where the linear maps are. A memory never holds or sees a weight."""
+"""Axis 1, memory structure: where the linear maps are. A memory neither holds nor sees its
+weights."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -16,10 +17,11 @@ from miras.core.typed import Typed
 
 @dataclass(frozen=True)
 class Weights:
-    """What a memory asks of its weights while it is applied, however they are held.
+    """The operations with weights that a memory uses, independent of how the weights are stored.
 
-    linear(name, x): x @ W[name], (..., d_in) -> (..., d_out). scale(name, x): x * w, elementwise, for a weight of
-    shape (d, 1). outer[name]: a parameter that only the outer loop learns, (..., width), broadcast over tokens.
+    linear(name, x): x @ W[name], (..., d_in) -> (..., d_out). scale(name, x): x * w, elementwise,
+    for a weight of shape (d, 1). outer[name]: a parameter that only the outer loop learns, (...,
+    width), broadcast over tokens.
     """
 
     linear: Callable[[str, Tensor], Tensor]
@@ -28,14 +30,15 @@ class Weights:
 
 
 class Memory(Typed, ABC):
-    """A map from keys (..., d_key) to values (..., d_value) whose weights are learned while reading.
+    """A map from keys (..., d_key) to values (..., d_value) whose weights are learned while
+    reading.
 
-    Weights are named matrices (d_in, d_out), input side first. The first one's input is the key and the last
-    one's output the value, so widths can be read off the shapes; else a memory says so in `widths`.
+    Weights are named matrices (d_in, d_out). The input of the first is the key and the output of
+    the last is the value; a memory with other widths overrides `widths`.
     """
 
     elementwise: ClassVar[bool] = False
-    """Whether weights are vectors that scale, shape (d, 1), and not matrices."""
+    """Whether weights are vectors, shape (d, 1), that scale elementwise."""
 
     @abstractmethod
     def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
@@ -55,19 +58,20 @@ class Memory(Typed, ABC):
 
     @property
     def form(self) -> frozenset[str]:
-        """What there is about it that a way to run it must know: "scale", "scale and linear", "weight used again"."""
+        """What a path that runs it must support: "scale", "scale and linear", "weight used
+        again"."""
         try:
             return _known_form(self)
         except TypeError:  # not hashable
             return _form(self)
 
     def refusal(self, rule: Any) -> str | None:
-        """Why this memory has no meaning in a rule, or None."""
+        """Why this memory is not supported in a rule, or None."""
         return None
 
 
 def _form(memory: Memory) -> frozenset[str]:
-    """By applying it once."""
+    """Found by applying it once."""
     width = 4
     try:
         shapes = memory.shapes(width, width)
@@ -99,7 +103,8 @@ _known_form = lru_cache(maxsize=256)(_form)
 
 @dataclass(frozen=True)
 class Vector(Memory):
-    """An elementwise memory, M(x) = x * w (MIRAS 4.4 "vector"): one weight for each channel, d_key = d_value."""
+    """An elementwise memory, M(x) = x * w (MIRAS 4.4 "vector"): one weight for each channel,
+    d_key = d_value."""
 
     elementwise: ClassVar[bool] = True
 
@@ -116,7 +121,8 @@ class Vector(Memory):
 
 @dataclass(frozen=True)
 class Matrix(Memory):
-    """A linear memory, M(x) = x W. Titans' L_M = 1; the fast weights of linear attention and DeltaNet."""
+    """A linear memory, M(x) = x W. Titans' L_M = 1; the fast weights of linear attention and
+    DeltaNet."""
 
     def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
         return {"w": (d_key, d_value)}
@@ -127,14 +133,15 @@ class Matrix(Memory):
 
 @dataclass(frozen=True)
 class MLP(Memory):
-    """A deep memory, M(x) = x + LN(gelu(... gelu(x W_1) ...) W_depth) (Titans, NeurIPS version; MIRAS 5.3).
+    """A deep memory, M(x) = x + LN(gelu(... gelu(x W_1) ...) W_depth) (Titans, NeurIPS version;
+    MIRAS 5.3).
 
-    `depth` counts weight matrices; the hidden width is `expansion` times the key width. `bias` adds a learned
-    vector b_i behind each W_i, `affine` a gain and a shift to the norm that only the outer loop learns (both as TTT
-    has them). `bias_input` is what each b_i is multiplied with: 1, or for "key" d_key^-1/2, the size of an entry of
-    a key of length 1: a bias, which all keys share, then learns at lr / d_key, the ratio that TTT's code has.
-    `residual` needs equal key and value widths. Without `norm` nothing bounds the inner gradient: such a memory of
-    depth 2 or more diverges on random input unless its steps are small.
+    `depth` counts weight matrices; the hidden width is `expansion` times the key width. `bias` adds
+    a learned vector b_i after each W_i, `affine` a gain and a shift of the norm that only the outer
+    loop learns (both as in TTT). `bias_input` is the factor of each b_i: 1, or for "key"
+    d_key^-1/2, the size of an entry of a unit key; the biases then learn at lr / d_key, as in TTT's
+    code. `residual` needs equal key and value widths. Without `norm` nothing bounds the inner
+    gradient: such a memory of depth 2 or more diverges on random input unless its steps are small.
     """
 
     depth: int = 2
@@ -154,9 +161,7 @@ class MLP(Memory):
         if self.bias_input not in ("one", "key"):
             raise ValueError(f"MLP: bias_input must be 'one' or 'key', got {self.bias_input!r}")
         if self.affine and not self.norm:
-            raise ValueError(
-                "MLP: affine=True is a gain and a shift of the norm, which norm=False leaves out"
-            )
+            raise ValueError("MLP: affine=True adds a gain and a shift to the norm, which norm=False removes")
 
     def shapes(self, d_key: int, d_value: int) -> dict[str, tuple[int, int]]:
         if self.residual:
@@ -173,7 +178,7 @@ class MLP(Memory):
         return {"gain": (d_value, 1.0), "shift": (d_value, 0.0)} if self.affine else {}
 
     def constant(self, d_key: int) -> float:
-        """What each bias is multiplied with."""
+        """The factor of each bias."""
         return d_key**-0.5 if self.bias_input == "key" else 1.0
 
     def apply(self, x: Tensor, w: Weights) -> Tensor:

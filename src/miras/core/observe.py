@@ -1,4 +1,4 @@
-"""One channel through which a running memory can be watched, without touching any signature."""
+"""A way to observe running memories without changing any signature."""
 
 import html
 import math
@@ -15,11 +15,12 @@ from torch import Tensor
 
 @dataclass(eq=False, repr=False)
 class Observation(Mapping[str, dict[str, Tensor]]):
-    """What memories did while it was open: `seen[layer][name]` is (B, H, T), by head and token.
+    """What memories did while it was open: `seen[layer][name]` is (B, H, T).
 
-    Names: `momentary` |grad_t|, `accumulated` |S_t|, `loss` (the inner loss), `weight` |W_t|, and each gate the
-    rule reads (`lr` is the step that was taken, after the step bound; `lr.w1` where weights have their own).
-    A token that wrote nothing has 0 in `lr` and `forget`; a padding token has 0 everywhere.
+    Names: `momentary` |grad_t|, `accumulated` |S_t|, `loss` (the inner loss), `weight` |W_t|, and
+    each gate the rule reads (`lr` is the step that was taken, after the step bound; `lr.w1` where
+    weights have their own). A token that did not write has 0 in `lr` and `forget`; a padding token
+    has 0 everywhere.
     """
 
     calls: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict[str, list[dict[str, Tensor]]])
@@ -39,10 +40,10 @@ class Observation(Mapping[str, dict[str, Tensor]]):
         return len(self.calls)
 
     def __bool__(self) -> bool:
-        return True  # an open observation that has seen nothing is one
+        return True  # an open observation that is still empty is one
 
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers that were seen, in the order of their first token."""
+        """Names of the observed layers, in the order of their first call."""
         return tuple(self.calls)
 
     def __repr__(self) -> str:
@@ -55,7 +56,8 @@ class Observation(Mapping[str, dict[str, Tensor]]):
         return f"Observation({size}; seen[{layer!r}] has {', '.join(calls[0])})"
 
     def _repr_html_(self) -> str:
-        """For notebooks: each layer's momentary surprise along the tokens, its mean over rows and heads."""
+        """For notebooks: each layer's momentary surprise along the tokens, its mean over rows and
+        heads."""
         rows = [
             f"<tr><th>{name}</th><td>{_sketch(self[name]['momentary'].double().mean((0, 1)).tolist())}</td></tr>"
             for name in self.calls
@@ -65,7 +67,7 @@ class Observation(Mapping[str, dict[str, Tensor]]):
 
 
 def _sketch(values: list[float], width: int = 600, height: int = 60) -> str:
-    """A line through values, each point the mean of a stretch of them, from 0 to the largest."""
+    """A line chart of values, from 0 to the largest; each point is the mean of several values."""
     values = [x if math.isfinite(x) else 0.0 for x in values]
     step = -(-len(values) // width)
     means = [fmean(values[i : i + step]) for i in range(0, len(values), step)]
@@ -87,7 +89,8 @@ def observing() -> Observation | None:
 
 @contextmanager
 def observe(active: bool = True) -> Generator[Observation, None, None]:
-    """Collect what every memory does inside the block; `active=False` closes an outer observation instead."""
+    """Record what every memory does inside the `with` block; `active=False` suspends an outer
+    observation."""
     seen = Observation()
     token = _open.set(seen if active else None)
     try:
@@ -97,17 +100,19 @@ def observe(active: bool = True) -> Generator[Observation, None, None]:
 
 
 class Watch(NamedTuple):
-    """Where what one layer does is recorded: an argument of its run."""
+    """Records what one layer does; an argument of its run."""
 
     seen: Observation
     layer: str
 
     def record(self, values: dict[str, Tensor], steps: int = 1) -> None:
-        """The values (B, H, steps T) of a call; of tokens that take several steps, those of the last one."""
+        """The values (B, H, steps T) of a call; for tokens with several steps, those of the last
+        step."""
         self.seen.record(self.layer, {n: x[..., steps - 1 :: steps] for n, x in values.items()})
 
 
 def watching(layer: str) -> Watch | None:
-    """The observation that is open here, for a layer of that name; a compiled call is not watched."""
+    """The observation that is open here, for a layer of that name; a compiled call is not
+    watched."""
     seen = None if torch.compiler.is_compiling() else observing()
     return None if seen is None else Watch(seen, layer)

@@ -1,6 +1,6 @@
-"""Axis 3, retention gate: how much of the accumulator stays, and how the weights follow from it.
+"""Axis 3, retention gate: how much of the accumulator is kept, and how it determines the weights.
 
-Every map acts on the last two axes (d_in, d_out), one weight of one head, whatever stands before them.
+Every map acts on the last two axes (d_in, d_out): one weight of one head.
 """
 
 import math
@@ -16,12 +16,13 @@ from torch import Tensor
 from miras.core.typed import Typed
 
 Axis = Literal["input", "output", "all"]
-"""Which entries of a weight share one simplex: one output channel's, one input channel's, or all of them."""
+"""Which entries of a weight share one simplex: one output channel's, one input channel's, or all of
+them."""
 
 _DIMS: dict[str, tuple[int, ...]] = {"input": (-2,), "output": (-1,), "all": (-2, -1)}
 
 Towards = Literal["zero", "initial"]
-"""Where forgetting leads: to nothing, as the papers have it, or back to the learned initial accumulator A_0."""
+"""What forgetting decays towards: 0, as in the papers, or the learned initial accumulator A_0."""
 
 
 class Retention(Typed, ABC):
@@ -32,18 +33,19 @@ class Retention(Typed, ABC):
     """
 
     decayed: bool = False
-    """Whether a token's gradient is taken at the memory after its own forgetting."""
+    """Whether a token's gradient is taken after its own forgetting."""
     towards: Towards = "zero"
-    """Where forgetting leads."""
+    """What forgetting decays towards."""
 
     @property
     def gates(self) -> tuple[str, ...]:
-        """Names of the gates it reads: `forget`, or none."""
+        """Names of the gates it reads: `forget` or none."""
         return ("forget",)
 
     @property
     def along(self) -> str | None:
-        """The axis of a weight along which `forget` has to be constant: "input", "output", "all" or None."""
+        """The axis of a weight along which `forget` has to be constant: "input", "output", "all" or
+        None."""
         return None
 
     @property
@@ -53,7 +55,7 @@ class Retention(Typed, ABC):
 
     @property
     def returns(self) -> bool:
-        """Whether forgetting leads back to the initial accumulator."""
+        """Whether it forgets towards the initial accumulator."""
         return self.towards == "initial"
 
     @property
@@ -63,7 +65,8 @@ class Retention(Typed, ABC):
 
     @property
     def form(self) -> frozenset[str]:
-        """What there is about it that a way to run it must know: the methods below that are its own, and options."""
+        """What a path that runs it must support: the methods below that it overrides, and
+        options."""
         options = {
             "link": not self.direct,
             "advance": not self.linear,
@@ -73,25 +76,28 @@ class Retention(Typed, ABC):
         return frozenset(name for name, there in options.items() if there)
 
     def link(self, A: Tensor) -> Tensor:
-        """The weights (..., d_in, d_out) that belong to an accumulator of the same shape."""
+        """The weights (..., d_in, d_out) for an accumulator of the same shape."""
         return A
 
     def begin(self, A: Tensor, size: float) -> Tensor:
-        """A first accumulator (..., d_in, d_out) of weights of about that deviation, from standard normal numbers."""
+        """An initial accumulator (..., d_in, d_out) whose weights have about that deviation, from
+        standard normal noise."""
         return A * size
 
     def advance(self, A: Tensor, keep: Tensor | float, step: Tensor) -> Tensor:
-        """The accumulator after a step, (..., d_in, d_out) like both; keep = 1 - forget, 1 without that gate."""
+        """The accumulator after a step, (..., d_in, d_out) like both; keep = 1 - forget, 1 without
+        that gate."""
         return keep * A + step
 
     def refusal(self, rule: Any) -> str | None:
-        """Why this retention has no meaning in a rule, or None."""
+        """Why this retention is not supported in a rule, or None."""
         return None
 
 
 @dataclass(frozen=True)
 class Keep(Retention):
-    """Nothing is forgotten, W_t = W_{t-1} + step_t (MIRAS table 1: linear attention, DeltaNet, TTT)."""
+    """Nothing is forgotten, W_t = W_{t-1} + step_t (MIRAS table 1: linear attention, DeltaNet,
+    TTT)."""
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -102,13 +108,14 @@ class Keep(Retention):
 class Decay(Retention):
     """Weight decay, W_t = (1 - forget_t) W_{t-1} + step_t (Titans eq. 13; MIRAS 4.5 "L2").
 
-    `decayed=False` takes the gradient at the undecayed memory, as Titans does. `decayed=True` takes it at the
-    anchor times the product of 1 - forget from the start of the chunk through the token itself, as Gated
-    DeltaNet does.
+    `decayed=False` takes the gradient at the undecayed memory, as Titans does. `decayed=True` takes
+    it at the anchor times the product of 1 - forget from the start of the chunk through the token
+    itself, as Gated DeltaNet does.
 
     `towards="initial"` returns to the learned initial memory in place of 0,
-    W_t = W_0 + (1 - forget_t) (W_{t-1} - W_0) + step_t: a deep memory learns with it, and does not where all that
-    was learned before reading is forgotten too (docs/trainability.md). Raises ValueError for another word.
+    W_t = W_0 + (1 - forget_t) (W_{t-1} - W_0) + step_t: a deep memory learns with it, and does not
+    where all that was learned before reading is forgotten too (docs/trainability.md). Raises
+    ValueError for any other value.
     """
 
     decayed: bool = False
@@ -121,12 +128,14 @@ class Decay(Retention):
 
 @dataclass(frozen=True)
 class ElasticNet(Retention):
-    """Small entries of the accumulator read as zero: W_t = S_gamma(A_t), S_gamma(z) = sign(z) max(0, |z| - gamma).
+    """Small entries of the accumulator become zero: W_t = S_gamma(A_t), S_gamma(z) = sign(z) max(0,
+    |z| - gamma).
 
-    The closed form of min_W -<A, W> + |W|^2 / 2 + gamma |W|_1, follow-the-regularised-leader with the elastic net
-    (MIRAS eq. 23; its eta / alpha is our gamma). `smooth` reads |z| arctan(z / gamma) / (pi / 2) instead (remark
-    at eq. 22): it is never flat, but shrinks large entries by 2 gamma / pi only. gamma = 0 is the identity.
-    `towards` as in `Decay`, of A. Raises ValueError for a gamma that is negative or no number.
+    The closed form of min_W -<A, W> + |W|^2 / 2 + gamma |W|_1, follow-the-regularised-leader with
+    the elastic net (MIRAS eq. 23; its eta / alpha is our gamma). `smooth` uses |z|
+    arctan(z / gamma) / (pi / 2) instead (remark at eq. 22): it is never flat, but shrinks large
+    entries by only 2 gamma / pi. gamma = 0 is the identity. `towards` as in `Decay`, applied to A.
+    Raises ValueError for a gamma that is negative or not a number.
     """
 
     gamma: float
@@ -143,7 +152,7 @@ class ElasticNet(Retention):
         return self.gamma == 0 and type(self).link is ElasticNet.link
 
     def link(self, A: Tensor) -> Tensor:
-        if self.gamma == 0:  # a kink of S at 0 would cost the gradient there
+        if self.gamma == 0:  # a kink of S at 0 would lose the gradient there
             return A
         if self.smooth:
             return A.abs() * torch.atan(A / self.gamma) / (math.pi / 2)
@@ -152,12 +161,13 @@ class ElasticNet(Retention):
 
 @dataclass(frozen=True)
 class ProximalElasticNet(Retention):
-    """Soft and hard forgetting in the recursion, W_t = S_gamma((1 - forget_t) W_{t-1} + step_t) (MIRAS eq. 22).
+    """Soft and hard forgetting in the recursion, W_t = S_gamma((1 - forget_t) W_{t-1} + step_t)
+    (MIRAS eq. 22).
 
     S_gamma as in `ElasticNet`. With keep = 1 - forget it is the closed form of
-    min_W -<step, W> + keep |W - W_{t-1}|^2 / 2 + forget |W|^2 / 2 + gamma |W|_1. Unlike the printed equation the
-    step is not multiplied by the retention: `lr` absorbs that. Raises ValueError for a gamma that is negative or
-    no number.
+    min_W -<step, W> + keep |W - W_{t-1}|^2 / 2 + forget |W|^2 / 2 + gamma |W|_1. Unlike the printed
+    equation the step is not multiplied by the retention: `lr` absorbs that. Raises ValueError for a
+    gamma that is negative or not a number.
     """
 
     gamma: float
@@ -184,16 +194,19 @@ def soft_threshold(z: Tensor, gamma: float) -> Tensor:
 class LqNorm(Retention):
     """L_q stability, W = A |A|^(q-2) / ||A||_q^(q-2) per weight and head (MIRAS eq. 24, Moneta).
 
-    q > 1 is the DUAL exponent: this is the closed form of min_W -<A, W> + ||W||_r^2 / 2 with r = q / (q - 1), and
-    q = 2 is the identity. Moneta's q = 4 holds the weights in the norm with r = 4/3.
+    q > 1 is the DUAL exponent: this is the closed form of min_W -<A, W> + ||W||_r^2 / 2 with
+    r = q / (q - 1), and q = 2 is the identity. Moneta's q = 4 bounds the weights in the norm with
+    r = 4/3.
 
-    `literal` reads W = A / ||A||_q^(q-2), as eq. 24 is printed, without the factor |A|^(q-2). That has degree 3 - q,
-    -1 at q = 4: forgetting then makes the weights GROW by 1 / (1 - forget), and they would diverge where A -> 0.
+    `literal` is eq. 24 as printed, W = A / ||A||_q^(q-2), without the factor |A|^(q-2). It has
+    degree 3 - q, which is -1 at q = 4: forgetting then makes the weights grow by 1 / (1 - forget),
+    and they would diverge as A -> 0.
 
-    Near 0: |A| stands for sqrt(A^2 + e^2) with e = 1e-6 (or 1e-7 of the largest entry, if that is more), so W has
-    bounded derivatives of every order; below e the mirror map is A times n^-(1 - 2/q) for n entries. The literal
-    one divides by (||A||_q^2 + 1e-6)^((q-2)/2): at q = 4 no weight exceeds 500, and the slope at A = 0 is 1e6.
-    `towards` as in `Decay`, of A. Raises ValueError for a q that is not above 1.
+    Near 0: |A| stands for sqrt(A^2 + e^2) with e = 1e-6 (or 1e-7 of the largest entry, if that is
+    more), so W has bounded derivatives of every order; below e the mirror map is A times
+    n^-(1 - 2/q) for n entries. The literal one divides by (||A||_q^2 + 1e-6)^((q-2)/2): at q = 4 no
+    weight exceeds 500, and the slope at A = 0 is 1e6. `towards` as in `Decay`, applied to A. Raises
+    ValueError for a q that is not above 1.
     """
 
     q: float = 4.0
@@ -211,14 +224,14 @@ class LqNorm(Retention):
 
     def begin(self, A: Tensor, size: float) -> Tensor:
         A = A * size
-        # The mirror map has degree 1: scaled so, the weights themselves have the deviation.
+        # The mirror map has degree 1: with this scale the weights have the given deviation.
         return A if self.literal else A * (size / self.link(A).square().mean((-2, -1), keepdim=True).sqrt())
 
     def link(self, A: Tensor) -> Tensor:
-        if self.q == 2:  # exactly the identity, without the rounding of powers
+        if self.q == 2:  # exactly the identity, without rounding from powers
             return A
-        # Both maps are homogeneous in (A, e): scaling by the largest entry, a constant, changes no derivative and
-        # keeps every power in range.
+        # Both maps are homogeneous in (A, e): scaling by the largest entry as a constant keeps all
+        # powers in range and changes no derivative.
         top = A.detach().abs().amax((-2, -1), keepdim=True).clamp_min(1e-6)
         square = (A / top).square() + (1e-6 / top).clamp_min(1e-7).square()
         power = square.pow(self.q / 2).sum((-2, -1), keepdim=True)
@@ -229,14 +242,16 @@ class LqNorm(Retention):
 
 @dataclass(frozen=True)
 class Simplex(Retention):
-    """Weights are scaled distributions, W_t = c softmax(A_t) along `axis` (MIRAS eq. 21 and 27, Memora).
+    """Weights are scaled distributions, W_t = c softmax(A_t) along `axis` (MIRAS eq. 21 and 27,
+    Memora).
 
-    A is log W up to a constant per slice, which softmax ignores, so A_t = (1 - forget_t) A_{t-1} + step_t is the
-    closed form of KL local retention and an entropy term for forgetting, exactly. That needs `forget` constant
-    along `axis`. "input": the weights of one output channel share a simplex; "output": those of one input channel;
-    "all": the whole matrix. `scale` is c; None for the square root of the number of entries that share a simplex.
-    `towards` as in `Decay`: to the uniform distribution, or to the one that the memory began with. Raises ValueError
-    for another axis or a scale that is not positive.
+    A is log W up to a constant per slice, which softmax ignores, so A_t = (1 - forget_t)
+    A_{t-1} + step_t is the closed form of KL local retention and an entropy term for forgetting,
+    exactly. That needs `forget` constant along `axis`. "input": the weights of one output channel
+    share a simplex; "output": those of one input channel; "all": the whole matrix. `scale` is c;
+    None for the square root of the number of entries that share a simplex. `towards` as in `Decay`:
+    towards the uniform or the initial distribution. Raises ValueError for another axis or a scale
+    that is not positive.
     """
 
     axis: Axis = "input"
@@ -253,8 +268,8 @@ class Simplex(Retention):
         return self.axis
 
     def begin(self, A: Tensor, size: float) -> Tensor:
-        # Logits of deviation size sqrt(d_in): closer together, all units have one distribution, which no norm tells
-        # apart.
+        # Logits with standard deviation size sqrt(d_in): with a smaller one all units have nearly
+        # the same distribution, which the norm cannot separate.
         return A * (size * A.shape[-2] ** 0.5)
 
     def link(self, A: Tensor) -> Tensor:
@@ -266,16 +281,18 @@ class Simplex(Retention):
 
 @dataclass(frozen=True)
 class FDivergence(Retention):
-    """W_t = W_{t-1} g(step_t - zeta_t), each slice along `axis` summing to c by its own zeta_t (MIRAS eq. 18).
+    """W_t = W_{t-1} g(step_t - zeta_t), each slice along `axis` summing to c by its own zeta_t
+    (MIRAS eq. 18).
 
-    The closed form of min_W -<step, W> + sum W_{t-1} f(W / W_{t-1}) on the scaled simplex, with g = (f')^{-1} given
-    as `inverse`: elementwise, differentiable, defined on the whole line, positive, increasing, below 1 on the left
-    and above 1 on the right. Only g is needed; g = exp is KL, `Simplex` without forgetting. Nothing is forgotten by
-    a gate. `axis` and `scale` as in `Simplex`.
+    The closed form of min_W -<step, W> + sum W_{t-1} f(W / W_{t-1}) on the scaled simplex, with
+    g = (f')^{-1} given as `inverse`: elementwise, differentiable, defined on the whole line,
+    positive, increasing, below 1 on the left and above 1 on the right. Only g is needed; g = exp is
+    KL, `Simplex` without forgetting. There is no forget gate. `axis` and `scale` as in `Simplex`.
 
-    A_t = log(W_t / c) after a step, any constant per slice before. zeta is bracketed and bisected `iterations`
-    times; its gradient is that of the implicit function. Factors g are held within 1e-12 and 1e12 in fp32. Raises
-    ValueError for an unsuitable g, axis or scale, and for iterations below 1.
+    A_t = log(W_t / c) after a step, any constant per slice before. zeta is found by `iterations`
+    steps of bisection; its gradient is that of the implicit function. Factors g are limited to
+    between 1e-12 and 1e12 in fp32. Raises ValueError for an unsuitable g, axis or scale, and for
+    iterations below 1.
     """
 
     inverse: Callable[[Tensor], Tensor] = torch.exp
@@ -289,7 +306,7 @@ class FDivergence(Retention):
         _check_callable(self, self.inverse)
         if self.iterations < 1:
             raise ValueError(
-                f"FDivergence: iterations must be a whole number of at least 1, got {self.iterations!r}"
+                f"FDivergence: iterations must be an integer of at least 1, got {self.iterations!r}"
             )
         _check_increasing(self.inverse)
 
@@ -298,8 +315,8 @@ class FDivergence(Retention):
         return ()
 
     def begin(self, A: Tensor, size: float) -> Tensor:
-        # Logits of deviation size sqrt(d_in): closer together, all units have one distribution, which no norm tells
-        # apart.
+        # Logits with standard deviation size sqrt(d_in): with a smaller one all units have nearly
+        # the same distribution, which the norm cannot separate.
         return A * (size * A.shape[-2] ** 0.5)
 
     def link(self, A: Tensor) -> Tensor:
@@ -307,7 +324,8 @@ class FDivergence(Retention):
 
     def advance(self, A: Tensor, keep: Tensor | float, step: Tensor) -> Tensor:
         log_w = _along(A, self.axis, torch.log_softmax)
-        # zeta takes up any constant: the step counts from its largest entry, so that zeta is small and exact.
+        # zeta absorbs any constant: subtracting the largest entry from the step keeps zeta small
+        # and exact.
         step = step - step.detach().amax(_DIMS[self.axis], keepdim=True)
         return log_w + self._log_g(step - self._zeta(log_w, step))
 
@@ -315,8 +333,9 @@ class FDivergence(Retention):
         return _no_simplex(rule, self.axis)
 
     def _log_g(self, x: Tensor) -> Tensor:
-        # Cube roots of what the type can hold: the third derivative of the logarithm, which is in the second one of
-        # zeta, stays finite. x is held first: what g does beyond, an overflow, would reach the gradient otherwise.
+        # Limits are cube roots of the type's range: the third derivative of the logarithm, which
+        # occurs in the second derivative of zeta, then stays finite. x is clamped first, because an
+        # overflow of g would otherwise reach the gradient.
         low, high = torch.finfo(x.dtype).tiny ** (1 / 3), torch.finfo(x.dtype).max ** (1 / 3)
         x = x.clamp(_point(self.inverse, low), _point(self.inverse, high))
         return self.inverse(x).clamp(low, high).log()
@@ -325,7 +344,7 @@ class FDivergence(Retention):
         """The zeta of every slice, sum exp(log_w) g(step - zeta) = 1, for steps of at most 0."""
         dims = _DIMS[self.axis]
         with torch.no_grad():
-            # All factors are at least 1 at the low end and at most 1 at the high end.
+            # All factors are at least 1 at the lower end and at most 1 at the upper end.
             low = step.amin(dims, keepdim=True) - _point(self.inverse, 1.0)
             high = torch.full_like(low, -_point(self.inverse, 1.0))
             for _ in range(self.iterations):
@@ -335,8 +354,8 @@ class FDivergence(Retention):
             zeta = (low + high) / 2
         if not (log_w.requires_grad or step.requires_grad):
             return zeta
-        # Newton's step has the derivative of the root it goes to; a second one has its second derivative. Neither
-        # moves the bisected value.
+        # One Newton step has the derivative of the root; a second one has its second derivative.
+        # Neither changes the bisected value.
         for _ in range(2):
             x = step - zeta
             terms = log_w + self._log_g(x)
@@ -353,11 +372,12 @@ class FDivergence(Retention):
 
 @dataclass(frozen=True)
 class Bregman(Retention):
-    """W_t = g(A_t), elementwise (MIRAS, Bregman divergence): A_t = F'(W_t) and g = (F')^{-1}, given as `inverse`.
+    """W_t = g(A_t), elementwise (MIRAS, Bregman divergence): A_t = F'(W_t) and g = (F')^{-1}, given
+    as `inverse`.
 
-    The closed form of min_W -<step, W> + the Bregman divergence of sum F from W_{t-1}, with forgetting towards
-    g(0), or with `towards="initial"` towards W_0. g is differentiable and increasing; the identity is `Decay`.
-    Raises ValueError unless it can be called.
+    The closed form of min_W -<step, W> + the Bregman divergence of sum F from W_{t-1}, with
+    forgetting towards g(0), or with `towards="initial"` towards W_0. g is differentiable and
+    increasing; the identity is `Decay`. Raises ValueError unless it can be called.
     """
 
     inverse: Callable[[Tensor], Tensor]
@@ -374,7 +394,8 @@ class Bregman(Retention):
 
 @dataclass(frozen=True)
 class Sigmoid(Retention):
-    """Weights between 0 and 1, W_t = sigmoid((1 - forget_t) logit(W_{t-1}) + step_t): `Bregman` with F' = logit.
+    """Weights between 0 and 1, W_t = sigmoid((1 - forget_t) logit(W_{t-1}) + step_t): `Bregman`
+    with F' = logit.
 
     `towards` as there.
     """
@@ -390,7 +411,7 @@ class Sigmoid(Retention):
 
 
 def _along(A: Tensor, axis: str, function: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """A function of a tensor and a dimension, over the entries that share one simplex."""
+    """Apply a function of (tensor, dimension) over the entries that share one simplex."""
     if axis == "all":
         return function(A.flatten(-2), -1).unflatten(-1, A.shape[-2:])
     return function(A, _DIMS[axis][0])
@@ -406,10 +427,11 @@ def _no_simplex(rule: Any, axis: str) -> str | None:
         return None
     if rule.memory.elementwise:
         return f'a vector has no {axis} channels to share a simplex; use axis="all"'
-    # Equal widths suit every memory, and which weights are vectors does not depend on them.
+    # Equal widths are valid for every memory, and which weights are vectors does not depend on
+    # them.
     for name, shape in rule.memory.shapes(2, 2).items():
         if shape[_DIMS[axis][0]] == 1:
-            return f'weight {name!r} is a vector: along "{axis}" each simplex has one entry, fixed; use axis="all"'
+            return f'weight {name!r} is a vector: along "{axis}" each entry would be constant; use axis="all"'
     return None
 
 
@@ -455,7 +477,7 @@ def _samples(inverse: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
 
 def _check_increasing(inverse: Callable[[Tensor], Tensor]) -> None:
     g = _samples(inverse)[1]
-    # 0 is what an exponential far on the left underflows to.
+    # An exponential underflows to 0 far to the left.
     if not bool((g >= 0).all() & (g[1:] >= g[:-1]).all() & (g[0] < 1) & (g[-1] > 1)):
         raise ValueError(
             f"FDivergence: inverse must be positive and increasing on the whole line, from below 1 to above 1; "
@@ -465,7 +487,7 @@ def _check_increasing(inverse: Callable[[Tensor], Tensor]) -> None:
 
 @lru_cache(maxsize=256)
 def _point(inverse: Callable[[Tensor], Tensor], value: float) -> float:
-    """The x with g(x) = value; an infinity where g does not get there between -1024 and 1024."""
+    """The x with g(x) = value; infinite if there is none between -1024 and 1024."""
     x, g = _samples(inverse)
     if g[0] >= value or g[-1] < value:
         return -math.inf if g[0] >= value else math.inf

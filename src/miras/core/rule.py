@@ -1,6 +1,8 @@
-"""A learned memory as five choices, what it is given in a call, and its state.
+"""A learned memory as five choices (`Rule`), the inputs of a call (`Call`), and its state
+(`State`).
 
-Shapes: B rows, H heads, T tokens, Dk key width, Dv value width, C = chunk_size; (d_in, d_out) one weight.
+Shapes: B rows, H heads, T tokens, Dk key width, Dv value width, C = chunk_size; (d_in, d_out) one
+weight.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,17 +23,19 @@ from miras.core.typed import Typed
 
 @dataclass(frozen=True)
 class Rule(Typed):
-    """A sequence model: memory structure x attentional bias x retention gate x algorithm (MIRAS 4.4), and when.
+    """A sequence model: memory structure x attentional bias x retention gate x algorithm (MIRAS
+    4.4), and a schedule.
 
     S_t = momentum_t S_{t-1} - lr_t grad_t
     A_t = (1 - forget_t) A_{t-1} + direction(S_t)
     W_t = link(A_t),  y_t = memory(q_t; W_t)
-    grad_t = d bias(memory(k_t; W_anchor), v_t) / d W,  W_anchor = the weights at the start of t's chunk
+    grad_t = d bias(memory(k_t; W_anchor), v_t) / d W,  W_anchor = the weights at t's chunk's start
 
-    With retention.towards = "initial" the second line is A_t = A_0 + (1 - forget_t) (A_{t-1} - A_0) + direction(S_t).
-    `chunk_size` is the number of tokens that share one anchor. It is part of the model, not a speed setting.
-    `schedule` says which tokens move A, and whether y_t is read at W_t, at W_{t-1} or at the chunk's start.
-    Raises TypeError for a choice of the wrong kind, ValueError for a combination that has no meaning.
+    With retention.towards = "initial" the second line is A_t = A_0 + (1 - forget_t)
+    (A_{t-1} - A_0) + direction(S_t). `chunk_size` is the number of tokens that share one anchor. It
+    is part of the model, not a speed setting. `schedule` says which tokens update A, and whether
+    y_t is read at W_t, at W_{t-1} or at the chunk's start. Raises TypeError for a choice of the
+    wrong kind, ValueError for a combination that is not supported.
     """
 
     memory: Memory = Matrix()
@@ -41,10 +45,10 @@ class Rule(Typed):
     chunk_size: int = 16
     schedule: Schedule = Schedule()
     form: frozenset[str] = field(init=False, repr=False, compare=False, default=frozenset())
-    """What there is about it, beyond gradient steps on linear maps that decay, that a way to run it must know."""
+    """What a path that runs it must support, beyond gradient steps on linear maps with decay."""
     held: "Held" = field(init=False, repr=False, compare=False)
     by_step: "Rule" = field(init=False, repr=False, compare=False)
-    """The rule whose tokens are the single steps of this one's: the same, unless a token takes several."""
+    """The rule in which each step is a token; the same rule unless a token takes several steps."""
     update_gates: tuple[str, ...] = field(init=False, repr=False, compare=False, default=())
     """Names of the gates that the algorithm and the retention read."""
 
@@ -61,7 +65,7 @@ class Rule(Typed):
         for name in _AXES:
             if reason := getattr(self, name).refusal(self):
                 raise ValueError(
-                    f"Rule: {', '.join(repr(getattr(self, n)) for n in _AXES)} has no meaning: {reason}"
+                    f"Rule: {', '.join(repr(getattr(self, n)) for n in _AXES)} is not supported: {reason}"
                 )
 
         form = self.algorithm.form | self.retention.form | self.memory.form | self.schedule.form
@@ -78,12 +82,13 @@ class Rule(Typed):
         return replace(self, algorithm=replace(self.algorithm, steps=1), chunk_size=size)  # pyright: ignore
 
     def gates(self) -> tuple[str, ...]:
-        """Names of the gates the choices read, each given per token and head, or channel-wise."""
+        """Names of the gates that the choices read, each given per token and head, or
+        channel-wise."""
         return (*self.update_gates, *self.bias.gates)
 
 
 class Held:
-    """A rule as graphs of `torch.compile` hold it: the same for equal rules."""
+    """A rule as a constant in graphs of `torch.compile`: the same object for equal rules."""
 
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
@@ -113,17 +118,19 @@ _EXAMPLES = {
 
 @dataclass(frozen=True)
 class State(Record):
-    """All that a memory needs to go on, as a value.
+    """All that a memory needs to continue, as a value.
 
-    A: accumulator, S: surprise (empty without momentum; where steps are gathered, the sum of the open chunk's),
-    anchor: the weights gradients are taken at; each {weight: (B, H, d_in, d_out)}. Where forgetting leads back to
-    the initial accumulator A_0, A holds the difference from it, and anchor that difference at the chunk's start: A_0
-    stays the model's, so that the outer loop moves it also under a state that is carried. phase: (B,) int64, tokens
-    already read of the open chunk (steps, where a token takes several). retained: the same shapes, running product
-    of 1 - forget in the open chunk (only if the gradient is taken at the decayed memory and a chunk is longer than a
-    token, or steps are gathered). recent: the open chunk's "key" (B, H, C, Dk) and steps {weight: (B, H, C)}, zero
-    where nothing was written (only with the step bound). past: the pairs that a window looks back on, "key"
-    (B, H, window - 1, Dk), "value", "share" (B, H, window - 1), 0 for none, and what the bias read of them.
+    A: accumulator, S: surprise (empty without momentum; with one update per chunk, the sum of the
+    open chunk's steps), anchor: the weights at which gradients are taken; each {weight: (B, H,
+    d_in, d_out)}. With forgetting towards the initial accumulator A_0, A holds the difference from
+    A_0, and anchor this difference at the chunk's start: A_0 stays with the model, so the outer
+    loop can update it while a state is carried. phase: (B,) int64, tokens read of the open chunk
+    (steps, if a token takes several). retained: the same shapes, the product of 1 - forget over the
+    open chunk (only if the gradient is taken at the decayed memory and chunks are longer than a
+    token, or with one update per chunk). recent: the open chunk's "key" (B, H, C, Dk) and steps
+    {weight: (B, H, C)}, zero where nothing was written (only with the step bound). past: the
+    earlier pairs of the loss window, "key" (B, H, window - 1, Dk), "value", "share" (B, H,
+    window - 1), 0 for none, and the bias's gates for them.
     """
 
     A: Tree
@@ -136,16 +143,18 @@ class State(Record):
 
 
 Gates = dict[tuple[str, str], Tensor]
-"""A gate's values by its name and the weight that they are for, "" for all weights that have none of their own."""
+"""Values of gates by name and weight; the weight is "" for all weights without a gate of their
+own."""
 
 
 @dataclass(frozen=True)
 class Call(Record):
-    """What a memory is given: T tokens, their gates, which of them count, and what the model has learned.
+    """The inputs of a memory: T tokens, their gates and masks, and the model's learned parameters.
 
-    q, k (B, H, T, Dk), v (B, H, T, Dv); with several steps per token k and v are (B, H, T, steps, D). gates (B, H, T)
-    or channel-wise (B, H, T, d_in, 1) or (B, H, T, 1, d_out). valid, write, reset (B, T) bool, None for all, all and
-    none. initial {weight: (B, H, d_in, d_out)}, None where nothing goes back to it; outer {name: (H, width)}.
+    q, k (B, H, T, Dk), v (B, H, T, Dv); with several steps per token k and v are (B, H, T, steps,
+    D). gates (B, H, T) or channel-wise (B, H, T, d_in, 1) or (B, H, T, 1, d_out). valid, write,
+    reset: (B, T) bool; None means all, all and none. initial: {weight: (B, H, d_in, d_out)}, None
+    if nothing needs it; outer: {name: (H, width)}.
     """
 
     q: Tensor
@@ -188,24 +197,25 @@ def spelled(gate: tuple[str, str]) -> str:
 
 
 def weights(rule: Rule, A: Tree, base: Tree) -> Tree:
-    """The weights that belong to an accumulator; base as `base_of` gives it."""
+    """The weights for an accumulator; base as returned by `base_of`."""
     return {n: linked(rule, a + base[n] if base else a) for n, a in A.items()}
 
 
 def linked(rule: Rule, A: Tensor) -> Tensor:
-    """link(A). Raises ValueError where it has not the shape of A."""
+    """link(A). Raises ValueError unless it has the shape of A."""
     return _like(A, rule.retention.link(A), f"{type(rule.retention).__name__}.link")
 
 
 def directed(rule: Rule, S: Tensor) -> Tensor:
-    """direction(S). Raises ValueError where it has not the shape of S."""
+    """direction(S). Raises ValueError unless it has the shape of S."""
     return _like(S, rule.algorithm.direction(S), f"{type(rule.algorithm).__name__}.direction")
 
 
 def inner_loss(rule: Rule, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
     """The bias's loss of every token, (..., d_value) to (...,).
 
-    Raises ValueError where it has another shape: a sum over tokens or rows would make each gradient depend on all.
+    Raises ValueError for another shape: with a sum over tokens or rows each gradient would depend
+    on all of them.
     """
     _like(target, pred, f"{type(rule.memory).__name__}.apply")
     loss = rule.bias.loss(pred, target, gates)
@@ -225,24 +235,25 @@ def _like(old: Tensor, new: Tensor, what: str) -> Tensor:
 
 
 def anchor_weights(rule: Rule, anchor: Tree, base: Tree) -> Tree:
-    """The weights that a state's anchor stands for."""
+    """The weights that a state's anchor represents."""
     return weights(rule, anchor, base) if base else anchor
 
 
 def base_of(rule: Rule, initial: Tree | None) -> Tree:
-    """The accumulator that a state's A counts from: A_0 where forgetting leads back to it, else none."""
+    """The accumulator that a state's A is relative to: A_0 with forgetting towards it, else
+    none."""
     return initial or {} if "returns" in rule.form else {}
 
 
 def _anchor(rule: Rule, A: Tree) -> Tree:
-    """What a state keeps, at a chunk's start, of the weights of its accumulator."""
+    """The anchor of a state at a chunk's start."""
     return A if "returns" in rule.form else weights(rule, A, {})
 
 
 def init_state(rule: Rule, A0: Tree) -> State:
     """The state before the first token, from initial accumulators {weight: (B, H, d_in, d_out)}.
 
-    Names and shapes are those of `rule.memory.shapes(Dk, Dv)`. Raises ValueError when they are not.
+    Names and shapes must be those of `rule.memory.shapes(Dk, Dv)`; else raises ValueError.
     """
     if not A0 or any(a.dim() != 4 for a in A0.values()):
         raise ValueError(
@@ -259,7 +270,7 @@ def init_state(rule: Rule, A0: Tree) -> State:
             f"{expected} behind (B, H); got { ({n: tuple(a.shape) for n, a in A0.items()}) }"
         )
     rule = rule.by_step
-    # Copies: what a state holds does not change when an optimizer changes the A0 of a model.
+    # Copies: a state must not change when an optimizer updates the model's A0.
     begin = torch.zeros_like if "returns" in rule.form else torch.clone
     A = {n: begin(a, memory_format=torch.contiguous_format) for n, a in A0.items()}
     retained, recent = {}, {}
@@ -292,12 +303,13 @@ def _past(rule: Rule, none: Tensor, d_key: int, d_value: int) -> Tree:
 
 
 def pair_gates(rule: Rule) -> tuple[str, ...]:
-    """Gates that belong to a pair of key and value, and not to the weights: those of the bias, and its share."""
+    """Gates that belong to a pair of key and value, not to the weights: those of the bias, and
+    `share`."""
     return (*rule.bias.gates, *["share"] * (rule.algorithm.window > 1))
 
 
 def carries_surprise(rule: Rule) -> bool:
-    """Whether S is part of the state: with momentum, or as the sum of the open chunk's steps."""
+    """Whether S is part of the state: with momentum, or with one update per chunk."""
     return rule.algorithm.momentum or "update by chunk" in rule.form
 
 
@@ -307,7 +319,7 @@ def carries_retained(rule: Rule) -> bool:
 
 
 def close_chunk(rule: Rule, state: State) -> State:
-    """The state at a chunk's end: gradients are taken at the weights of now from here on."""
+    """The state at a chunk's end: from here on gradients are taken at the current weights."""
     return replace(
         state,
         anchor=_anchor(rule, state.A),
@@ -329,7 +341,8 @@ def gates_of(gates: Gates, names: Iterable[str], weight: str) -> Tree:
 
 
 def beside(gate: Tensor) -> Tensor:
-    """A gate (B, H, ...tokens) or (B, H, ...tokens, d_in or 1, d_out or 1) with the axes of a weight at its end."""
+    """A gate (B, H, ...tokens) or (B, H, ...tokens, d_in or 1, d_out or 1) with the axes of a
+    weight at its end."""
     return gate[..., None, None]
 
 
@@ -340,12 +353,14 @@ def bias_gates(rule: Rule, gates: Gates) -> Tree:
 
 
 def per_head(lr: Tensor) -> Tensor:
-    """The largest size over the channels of a step (B, H, T) or (B, H, T, d_in or 1, d_out or 1)."""
+    """The largest size over the channels of a step (B, H, T) or (B, H, T, d_in or 1, d_out or
+    1)."""
     return lr.abs().amax((-2, -1)) if lr.dim() == 5 else lr.abs()
 
 
 def formed(W: Tree, outer: Tree) -> Weights:
-    """Weights (B, H, d_in, d_out) that are there as such, and outer parameters (H, width), beside (B, H, T, d)."""
+    """Explicit weights (B, H, d_in, d_out) and outer parameters (H, width), for inputs (B, H, T,
+    d)."""
     return Weights(
         linear=lambda n, x: x @ W[n],
         scale=lambda n, x: x * W[n].mT,

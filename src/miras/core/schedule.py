@@ -1,4 +1,4 @@
-"""Axis 5, when: which tokens move the accumulator, and which weights a token reads."""
+"""Axis 5, when: which tokens update the accumulator, and which weights a token reads."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,13 +15,13 @@ READS = ("after", "before", "start")
 class Schedule(Typed):
     """When a memory is updated and read.
 
-    update "token": S_t and A_t move with every token (Titans, MIRAS). "chunk": the steps of a chunk add up, and the
-    accumulator takes their sum behind its last token (LaCT, In-Place TTT),
+    update "token": S_t and A_t change with every token (Titans, MIRAS). "chunk": the accumulator is
+    updated with the sum of a chunk's steps after its last token (LaCT, In-Place TTT),
 
         S_t = S_{t-1} - lr_t grad_t,   A = advance(A, the product of 1 - forget, direction(S)),   S = 0
 
-    read "after" the token's own write, "before" it, or at the chunk's "start". A chunk that a document's end leaves
-    open is never taken. Raises ValueError for another word.
+    read "after" the token's own write, "before" it, or at the chunk's "start". The steps of a chunk
+    that is open at a document's end are never applied. Raises ValueError for any other value.
     """
 
     update: Literal["token", "chunk"] = "token"
@@ -37,24 +37,25 @@ class Schedule(Typed):
 
     @property
     def gathers(self) -> bool:
-        """Whether the steps of several tokens add up before the accumulator takes them."""
+        """Whether the steps of several tokens are summed before the accumulator is updated."""
         return self.update == "chunk"
 
     @property
     def form(self) -> frozenset[str]:
-        """What there is about it that a way to run it must know: the method below if it is its own, and options."""
+        """What a path that runs it must support: the method below if it overrides it, and
+        options."""
         options = {"update by chunk": self.gathers, f"read {self.read}": self.read != "after"}
         return overridden(self, Schedule, ("due",)) | {name for name, there in options.items() if there}
 
     def due(self, place: Tensor, size: int) -> Tensor:
-        """The rows (B,) whose accumulator takes what was gathered, behind the token at this place of its chunk."""
+        """The rows (B,) whose accumulator is updated after the token at this place of its chunk."""
         return place == size - 1
 
     def refusal(self, rule: Any) -> str | None:
-        """Why this schedule has no meaning in a rule, or None."""
+        """Why this schedule is not supported in a rule, or None."""
         if self.gathers and rule.algorithm.momentum:
             return (
-                "momentum moves S with every token, and update='chunk' takes the sum of a chunk's steps: use "
+                "momentum changes S with every token, but update='chunk' uses the sum of a chunk's steps: use "
                 "momentum=False or update='token'"
             )
         return None

@@ -54,7 +54,7 @@ class Record:
     """A frozen, possibly nested, collection of tensors with the row axis first."""
 
     def __init_subclass__(cls) -> None:
-        # Where a class has none, @dataclass makes one that prints every number.
+        # Without this, @dataclass would make one that prints every number.
         cls.__repr__ = cls.__repr__
 
     def __repr__(self) -> str:
@@ -73,15 +73,15 @@ class Record:
         return _map(self, lambda name, _: tensors[name])
 
     def detach(self) -> Self:
-        """The same numbers without their history (the cut of truncated backpropagation)."""
+        """The same values, detached from the graph (for truncated backpropagation)."""
         return self.map(Tensor.detach)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same numbers on another device."""
+        """The same values on another device."""
         return self.map(lambda x: x.to(device))
 
     def select(self, rows: Sequence[int] | Tensor) -> Self:
-        """The given rows, in that order; a row may occur several times (a fork)."""
+        """The given rows, in that order; a row may occur several times."""
 
         def pick(x: Tensor) -> Tensor:
             return x.index_select(0, torch.as_tensor(rows, dtype=torch.long, device=x.device))
@@ -100,7 +100,7 @@ class Record:
 
 
 def _held(record: Record) -> str:
-    """How much a record holds, in words."""
+    """The size of a record, in words."""
     tensors = list(record.tensors().values())
     kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in tensors))
     rows = f"{len(tensors[0])} row{'s' * (len(tensors[0]) != 1)}, " if tensors else ""
@@ -108,14 +108,15 @@ def _held(record: Record) -> str:
 
 
 def known(x: Tensor) -> list[int]:
-    """The numbers of x (B,) int64 on the host; 0s on the meta device, where only shapes are asked for."""
+    """The values of x (B,) int64 on the host; zeros on the meta device, which has shapes only."""
     return [0] * len(x) if x.is_meta else x.tolist()
 
 
 def misfit(there: Any, here: Any) -> str | None:
-    """Where a state differs in kind from one that would fit, or None: types, names of tensors, heads and widths.
+    """Where a state differs in structure from one that would fit, or None: types, names of tensors,
+    heads and widths.
 
-    Rows, and how many tokens or taps a tensor holds, may differ.
+    The number of rows and the number of tokens or taps may differ.
     """
     if type(there) is not type(here):
         return f"it is a {type(there).__name__}, and a {type(here).__name__} is needed"
@@ -150,16 +151,18 @@ def misfit(there: Any, here: Any) -> str | None:
 
 
 def choose(rows: Tensor, yes: T, no: T) -> T:
-    """`yes` in the rows (B,) where the mask is true, `no` elsewhere, for any structure of tensors."""
+    """`yes` in the rows (B,) where the mask is true, `no` elsewhere, for any structure of
+    tensors."""
     others = dict(_walk(no, ""))
     return _map(yes, lambda name, x: torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, others[name]))
 
 
 def ordinary(fn: Callable[P, R]) -> Callable[P, R]:
-    """Make a function that takes inner gradients work under `torch.inference_mode`, which forbids them.
+    """Make a function with inner gradients work under `torch.inference_mode`, which forbids them.
 
-    Its inputs are copied out of inference mode where needed, and it runs in no-grad mode instead. Raises ValueError
-    under transforms that inner gradients do not pass on: forward-mode derivatives would be wrong without a word.
+    Inputs are copied out of inference mode if needed, and the function runs in no-grad mode. Raises
+    ValueError under transforms that do not work through inner gradients: forward-mode derivatives
+    would be silently wrong.
     """
 
     @wraps(fn)
@@ -169,7 +172,7 @@ def ordinary(fn: Callable[P, R]) -> Callable[P, R]:
         if _transformed((*args, *kwargs.values())):
             raise ValueError(
                 f"{fn.__name__}: forward-mode derivatives and the transforms of torch.func (jvp, vmap, grad ...) do "
-                f"not pass through a memory's inner gradients; use torch.autograd.grad or backward(), and the rows "
+                f"not work through a memory's inner gradients; use  torch.autograd.grad or backward(), and the rows "
                 f"of a batch in place of vmap"
             )
         if not torch.is_inference_mode_enabled():
@@ -182,11 +185,12 @@ def ordinary(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def apart(fn: Callable[P, R]) -> Callable[P, R]:
-    """Leave a function out of the graphs of `torch.compile`, which lose the gradients through inner gradients."""
+    """Exclude a function from graphs of `torch.compile`, which lose the gradients through inner
+    gradients."""
 
     @wraps(fn)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.compiler.is_compiling():  # disabled here: to do so on import takes seconds
+        if torch.compiler.is_compiling():  # disabled here, because doing so on import takes seconds
             disabled: Any = torch.compiler.disable(fn)
             return disabled(*args, **kwargs)
         return fn(*args, **kwargs)
@@ -195,7 +199,8 @@ def apart(fn: Callable[P, R]) -> Callable[P, R]:
 
 
 def _transformed(values: tuple[Any, ...]) -> bool:
-    """Whether torch.func transforms what runs here, or one of the values has a forward-mode derivative."""
+    """Whether torch.func is transforming this call, or one of the values has a forward-mode
+    derivative."""
     if torch._C._are_functorch_transforms_active():  # pyright: ignore
         return True
     if forward_ad._current_level < 0:  # pyright: ignore[reportPrivateUsage]

@@ -1,4 +1,4 @@
-"""Choices are frozen dataclasses that hold what their fields are declared to hold."""
+"""Choices are frozen dataclasses whose fields have the declared types."""
 
 import dataclasses
 import math
@@ -12,9 +12,10 @@ from typing import Any
 
 
 class Typed:
-    """A dataclass whose fields of the types below hold just that, and no number in them is NaN or infinite.
+    """A dataclass that checks its fields of the types below; numbers must be finite.
 
-    Raises ValueError for the first that does not; a subclass with a `__post_init__` of its own calls this one first.
+    Raises ValueError for the first wrong field. A subclass with its own `__post_init__` calls this
+    one first.
     """
 
     def __post_init__(self) -> None:
@@ -23,7 +24,8 @@ class Typed:
             if not any(_holds(kind, value) for kind in kinds):
                 wanted = " or ".join(_WORDS[kind] for kind in kinds)
                 raise ValueError(f"{type(self).__name__}: {name} must be {wanted}, got {value!r}")
-            if isinstance(value, Real) and not isinstance(value, int | float):  # of numpy: JSON has none
+            # of numpy: JSON has none
+            if isinstance(value, Real) and not isinstance(value, int | float):
                 plain = int(value) if isinstance(value, Integral) else float(value)
                 object.__setattr__(self, name, plain)
 
@@ -40,7 +42,7 @@ _WORDS: dict[type, str] = {
 def _holds(kind: type, value: Any) -> bool:
     if kind not in (int, float):
         return isinstance(value, kind)
-    if isinstance(value, bool):  # an int to Python, and no number to a user
+    if isinstance(value, bool):  # an int to Python, but not a number to a user
         return False
     if isinstance(value, Integral):
         return True
@@ -49,12 +51,13 @@ def _holds(kind: type, value: Any) -> bool:
 
 @lru_cache(maxsize=256)
 def _declared(cls: Any) -> dict[str, tuple[type, ...]]:
-    """The fields that are declared as one or more of the types that are looked at."""
+    """The fields whose declared types are checked."""
     found: dict[str, tuple[type, ...]] = {}
     for f in dataclasses.fields(cls):
         hint = f.type if not isinstance(f.type, str) else _resolved(cls, f.name, f.type)
         origin = typing.get_origin(hint)
-        holder = isinstance(origin, type) and origin is not types.UnionType  # list[int] and the like
+        # list[int] and the like
+        holder = isinstance(origin, type) and origin is not types.UnionType
         kinds = (hint,) if holder else typing.get_args(hint) or (hint,)
         if all(kind in _WORDS for kind in kinds):
             found[f.name] = kinds
@@ -62,7 +65,7 @@ def _declared(cls: Any) -> dict[str, tuple[type, ...]]:
 
 
 def _resolved(cls: Any, name: str, hint: str) -> Any:
-    """What an annotation that is a text means where it stands, or None where only a type checker could tell."""
+    """The type that a string annotation names, or None if only a type checker could tell."""
     home = next(c for c in cls.__mro__ if name in vars(c).get("__annotations__", {}))
     try:
         return eval(hint, dict(vars(sys.modules[home.__module__])))
@@ -71,5 +74,5 @@ def _resolved(cls: Any, name: str, hint: str) -> Any:
 
 
 def overridden(choice: Any, base: type, names: Iterable[str]) -> frozenset[str]:
-    """Which of these methods a choice does not have from `base`."""
+    """Which of these methods a choice overrides."""
     return frozenset(name for name in names if getattr(type(choice), name) is not getattr(base, name))

@@ -44,7 +44,7 @@ class Lanes:
     ) -> None:
         if isinstance(tokens, TokenFile):
             if offsets is not None:
-                raise ValueError("A TokenFile has its own document offsets: leave `offsets` out.")
+                raise ValueError("A TokenFile has its own document offsets: omit `offsets`.")
             tokens, offsets = tokens.tokens, tokens.documents
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not len(tokens):

@@ -67,7 +67,7 @@ def find_sources(sources: Sources) -> list[Source]:
     """The files that `sources` stand for, unread; FileNotFoundError when one stands for none."""
     named = [sources] if isinstance(sources, str | Path) else list(sources)
     if not named:
-        raise ValueError("No text was named: give at least one file, folder, archive or glob.")
+        raise ValueError("No text was given: name at least one file, folder, archive or glob.")
     return [_find(str(each)) for each in named]
 
 

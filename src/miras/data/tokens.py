@@ -189,7 +189,7 @@ def _checked_ids(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[
     if array.min() < 0 or array.max() >= vocab_size:
         raise ValueError(
             f"Token ids must be in 0..{vocab_size - 1}, got {array.min()}..{array.max()}: "
-            "is this the tokenizer they were made with?"
+            "were they made with this tokenizer?"
         )
     return array
 
@@ -251,7 +251,7 @@ class TokenFile:
             dtype, count = np.dtype(DTYPES[header["dtype"]]), int(header["count"])
             sound = version > 0 and len(names) == len(sizes) == len(offsets) - 1 and count > 0
             if not (sound and offsets[0] == 0 and offsets[-1] == count and (np.diff(offsets) >= 0).all()):
-                raise ValueError("its fields contradict each other")
+                raise ValueError("its fields are inconsistent")
             rest = {key: str(header[key]) for key in ("fingerprint", "source_sha256", "tokens_sha256")}
             vocab_size = int(header["vocab_size"])
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
@@ -373,7 +373,9 @@ def _write(sources: Sources, tokenizer: Tokenizer, source_sha256: str, stem: Pat
                 "writes to the text."
             )
         if not names:
-            raise ValueError(f"The tokenizer makes no token of {sources!r}. Use another, or another text.")
+            raise ValueError(
+                f"The tokenizer produces no tokens for {sources!r}. Use another tokenizer or another text."
+            )
     header = {
         "format": FORMAT,
         "version": VERSION,

@@ -1,4 +1,4 @@
-"""What `miras demo` can be told; no torch here, so that help is quick."""
+"""The options of `miras demo`. This module does not import torch, so --help is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,15 @@ class DemoOptions:
     out: Path = Path("demo")
     """Folder for the report, the model and the saved memory."""
     retrain_needle: bool = False
-    """Train the needle model and its twin anew, in a quarter of an hour, and put them in OUT instead."""
+    """Train the needle model and its twin anew, in a quarter of an hour, and put them in OUT
+    instead."""
     books: Path | None = None
     """With --retrain-needle: a folder of texts to train on beside the mixture of fillers."""
     needle_bytes: int = 1_000_000
-    """Bytes of filler and needle that are read in act one, fewer on a machine that is too slow for them."""
+    """Bytes of filler and needle that are read in act one, fewer on a machine that is too slow for
+    them."""
     reading_seconds: float = 95.0
     """Seconds of training in act two, of the model and its twin, which take turns."""
     seed: int = 0
     threads: int = 0
-    """Torch threads; 0 leaves torch's choice."""
+    """Number of torch threads; 0 uses torch's default."""

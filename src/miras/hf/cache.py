@@ -46,7 +46,7 @@ class MirasCache(Cache):
         if self.pending is not None:
             pending = self.pending.to(input_ids)
             if len(pending) != len(input_ids):
-                raise ValueError(f"the cache goes on with {len(pending)} rows, got {len(input_ids)}")
+                raise ValueError(f"the cache holds {len(pending)} rows, got {len(input_ids)}")
             input_ids = torch.cat([pending, input_ids], 1)
             mask = torch.cat([torch.ones_like(pending, dtype=mask.dtype), mask], 1)
         self._length, self._print = 0, None
@@ -60,8 +60,8 @@ class MirasCache(Cache):
             first = None if input_ids is None else input_ids[:, : self.pending.shape[1]]
             if first is None or not torch.equal(first.cpu(), self.pending.cpu()):
                 raise ValueError(
-                    "the last token that generate made is not read yet, and these inputs leave it out; give "
-                    "cache.begin_turn(input_ids), or set cache.pending = None if it is meant to be left out"
+                    "the last token from generate has not been read yet, and these inputs omit it; pass "
+                    "cache.begin_turn(input_ids), or set cache.pending = None to omit it on purpose"
                 )
         return self.state
 
@@ -86,8 +86,8 @@ class MirasCache(Cache):
             fits = input_ids.shape[1] > n and torch.equal(begun.cpu(), self._print.cpu())
         if not fits:
             raise ValueError(
-                f"the cache has read {n} tokens, and this prompt does not begin with them and go on; for new tokens "
-                f"only, give generate(**cache.begin_turn(input_ids), past_key_values=cache)"
+                f"the cache has read {n} tokens, but this prompt does not start with them and add more; for new "
+                f"tokens only, use generate(**cache.begin_turn(input_ids), past_key_values=cache)"
             )
 
     def prepare(self, turn: "Turn", rows: int) -> None:
@@ -101,13 +101,15 @@ class MirasCache(Cache):
         self.pending = made[:, -1:] if made.shape[1] else None
         ends = self._turn.ends
         if self._turn.beams:
-            self._closed = "this cache was used by a beam search: it holds the beams, not what was returned"
+            self._closed = (
+                "this cache was used by a beam search: it holds the beams, not the returned sequences"
+            )
         elif ends is not None and len(made) > 1:
             early = torch.isin(made[:, :-1], ends.to(made.device)).any(1)
             if bool(early.any()):
                 self._closed = (
                     f"row {int(early.nonzero()[0])} of this batch ended before the others and has read padding "
-                    f"since; generate rows one by one to go on with each"
+                    f"since; generate rows one by one to continue each"
                 )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -129,7 +131,7 @@ class MirasCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused: what a memory has learned cannot be taken back."""
         raise ValueError(
-            f"a memory cannot unlearn its last {abs(tokens_to_remove)} tokens; keep a fork of the cache, made with "
+            f"a memory cannot undo its last {abs(tokens_to_remove)} tokens; keep a fork of the cache, made with "
             f"copy.copy, where going back is needed"
         )
 

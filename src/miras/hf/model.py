@@ -82,8 +82,8 @@ class MirasPreTrainedModel(PreTrainedModel):
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the layers do it by themselves."""
         raise ValueError(
-            f"{type(self).__name__} has no gradient checkpointing to switch on: memory layers recompute groups of "
-            f"chunks in the backward pass by themselves; leave activation_checkpointing out"
+            f"{type(self).__name__} has no gradient checkpointing to enable: memory layers already recompute groups "
+            f"of chunks in the backward pass; omit activation_checkpointing"
         )
 
 
@@ -138,11 +138,11 @@ def _refuse(kwargs: dict[str, Any]) -> None:
     for name, instead in (
         (
             "position_ids",
-            "a model counts positions itself; documents of a packed batch begin where reset is true",
+            "the model counts positions itself; mark the documents of a packed batch with reset",
         ),
-        ("cu_seq_lens_q", "documents of a packed batch begin where reset is true"),
-        ("output_attentions", "there are no attention maps to give; miras.observe() shows what memories do"),
-        ("output_hidden_states", "only the last hidden states are given"),
+        ("cu_seq_lens_q", "mark the documents of a packed batch with reset"),
+        ("output_attentions", "there are no attention maps; miras.observe() shows what memories do"),
+        ("output_hidden_states", "only the last hidden states are returned"),
     ):
         value = kwargs.get(name)
         if value is not None and value is not False:
@@ -264,8 +264,8 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         """Put a MirasCache where `generate` looks for one, with a row for every sequence."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is not for these models: their "
-                f"state has a constant size already; leave it out"
+                f"cache_implementation={generation_config.cache_implementation!r} is not supported: the models' "
+                f"state already has a constant size; omit it"
             )
         cache = model_kwargs.get("past_key_values")
         if cache is None and generation_config.use_cache:

@@ -117,7 +117,7 @@ class AttentionReader(Mixer):
             places,
         ):  # 0: emptied for a new segment
             raise ValueError(
-                f"the state belongs to another layer: its window holds {state.k.shape[2]} keys, this one's {places}"
+                f"the state belongs to another layer: its window holds {state.k.shape[2]} keys, this layer's {places}"
             )
         q, k, v = (
             y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

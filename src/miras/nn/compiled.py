@@ -50,7 +50,7 @@ class Compiled:
             return self.model(tokens, state)
         except self._exc.TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2])
-            wanted = "; name a C++ compiler in CXX, or use the model as it is" if "Cxx" in reason else ""
+            wanted = "; set CXX to a C++ compiler, or use the model uncompiled" if "Cxx" in reason else ""
             raise OSError(f"torch.compile failed: {reason}{wanted}") from error
         self._made = weakref.ref(layers[0])
         moved = torch.tensor(place, dtype=torch.long, device="cpu") + 1

@@ -52,7 +52,7 @@ class ModelConfig(Sizes):
             raise ValueError(f"ModelConfig: {reason}")
         if self.mlp is None and self.intermediate_size is not None:
             raise ValueError(
-                f"ModelConfig: intermediate_size is the width inside an MLP, and this model has mlp=None; leave out "
+                f"ModelConfig: intermediate_size is the width inside an MLP, and this model has mlp=None; omit "
                 f"intermediate_size={self.intermediate_size}"
             )
 
@@ -96,8 +96,8 @@ class ModelConfig(Sizes):
             here = ", ".join(dict.fromkeys(each.name for each in self.pattern))
             if readers:
                 return (
-                    f"{name} is read by layers of {', '.join(readers)} only, and this model has {here}; leave it "
-                    f"out, or choose a model or a pattern with such layers"
+                    f"{name} is only used by layers of {', '.join(readers)}, and this model has {here}; omit "
+                    f"it, or choose a model or a pattern with such layers"
                 )
             return f"unknown field {name!r}{nearest(name, own)}; known are {', '.join(sorted(own))}"
         return None

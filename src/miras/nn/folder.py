@@ -87,7 +87,7 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
     """Write a folder of files, whole or not at all, in place of an older model's; as `save_model` raises."""
     with naming(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
-            raise ValueError(f"{folder} exists and holds no model; choose another folder or empty it")
+            raise ValueError(f"{folder} exists and is not a model folder; choose another folder or empty it")
     place_folder(folder, with_checksums(files))
     return folder
 
@@ -102,7 +102,7 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder} is not a model: {name} is missing; a model is a folder with config.json and "
-                f"model.safetensors, as `miras train` writes it"
+                f"model.safetensors, as written by `miras train`"
             )
     config = read_config(folder, trust_remote_code=trust_remote_code)
     kinds = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
@@ -128,7 +128,7 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
         raise ValueError(f"{file} is corrupt or cut off: {error}") from error
     if "sha256" in told and _digest(stored) != told["sha256"]:  # what others wrote has none
         raise ValueError(
-            f"{file} is corrupt: its checksum differs, a byte has changed since it was saved (a tool that changes "
+            f"{file} is corrupt: its checksum differs: a byte has changed since it was saved (a tool that changes "
             f"weights must not keep the `sha256` of the metadata)"
         )
     model = LM(config)
@@ -154,7 +154,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Model
     try:
         data = read_checked(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} is not a model: config.json is missing in it") from error
+        raise FileNotFoundError(f"{folder} is not a model: it has no config.json") from error
     try:
         values: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -166,7 +166,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Model
         return ModelConfig.from_dict(values, trust_remote_code=trust_remote_code)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         said = str(error) if isinstance(error, ValueError) else repr(error)
-        raise ValueError(f"{path} does not describe a model that can be made: {said}") from error
+        raise ValueError(f"{path} does not describe a valid model: {said}") from error
 
 
 def weights(model: LM) -> dict[str, Tensor]:

@@ -214,7 +214,7 @@ def gate_outputs(rule: Rule, gates: Mapping[str, Gate], d_key: int, d_value: int
     """
     missing = [name for name in rule.gates() if name not in gates]
     if missing:
-        raise ValueError(f"Gates: the rule reads {', '.join(missing)}, which no Gate(...) is given for")
+        raise ValueError(f"Gates: the rule reads {', '.join(missing)}; give a Gate(...) for each")
     if reason := forget_refusal(rule, gates):
         raise ValueError(f"Gates: {reason}")
     weights = rule.memory.shapes(d_key, d_value)
@@ -449,7 +449,7 @@ def _lr_factor(rule: Rule, outputs: list[Output], num_heads: int) -> float:
             )
     if "forget" in most and max(most["forget"]) > 1:
         raise ValueError(
-            f"Gates: forget is a share of at most 1, this gate can be {max(most['forget']):g}; use one of the links "
+            f"Gates: forget must be at most 1, but this gate can be {max(most['forget']):g}; use one of the links "
             f"{', '.join(BOUNDED)} with a scale of at most 1"
         )
     bound, lr = rule.algorithm.step_bound, max(most["lr"])
@@ -461,7 +461,7 @@ def _lr_factor(rule: Rule, outputs: list[Output], num_heads: int) -> float:
         )
     if rule.algorithm.momentum and 0 < bound < 1 / factor - 1e-6:
         raise ValueError(
-            f"Gates: a step_bound of {bound} does not count momentum of up to {1 - factor:g}; give 1 / (1 - m) = "
-            f"{1 / factor:g} or more, or 0 for none"
+            f"Gates: a step_bound of {bound} does not account for momentum of up to {1 - factor:g}; give "
+            f"1 / (1 - m) = {1 / factor:g} or more, or 0 for none"
         )
     return factor

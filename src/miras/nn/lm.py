@@ -123,7 +123,7 @@ class Reader(nn.Module):
         except (AttributeError, RuntimeError, ValueError) as error:
             if given is not None and (reason := self.misfit(given)):
                 raise ValueError(
-                    f"LM: the state belongs to another model: {reason}; go on with the state that this model returned"
+                    f"LM: the state belongs to another model: {reason}; pass a state that this model returned"
                 ) from error
             raise
         moved = T if made.length is None else made.length
@@ -155,8 +155,8 @@ class Reader(nn.Module):
             return
         if not isinstance(state, LMState):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(
-                f"LM: the state must be an LMState, got a {type(state).__name__}; a call returns (logits, state), of "
-                f"which the second goes on"
+                f"LM: the state must be an LMState, got a {type(state).__name__}; a call returns "
+                f"(logits, state): pass the second"
             )
         if len(state.layers) != len(self.layers):
             raise ValueError(
@@ -165,8 +165,8 @@ class Reader(nn.Module):
             )
         if state.tokens.shape[0] != tokens.shape[0]:
             raise ValueError(
-                f"LM: the state has {state.tokens.shape[0]} rows and the tokens {tokens.shape[0]}; a state goes on "
-                f"with the rows that it was made with (state.select picks some of them, or repeats them)"
+                f"LM: the state has {state.tokens.shape[0]} rows and the tokens {tokens.shape[0]}; a state continues "
+                f"the rows that it was made with (state.select picks or repeats rows)"
             )
 
     def place(self, state: LMState) -> list[int]:

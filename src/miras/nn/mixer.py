@@ -88,7 +88,7 @@ class Mixer(nn.Module, ABC):
         except (AttributeError, RuntimeError, ValueError) as error:
             if state is not None and (reason := misfit(state, self.initial(x.shape[0], x))):
                 raise ValueError(
-                    f"{type(self).__name__}: the state is not one of this layer: {reason}; go on with the state that "
+                    f"{type(self).__name__}: the state is not one of this layer: {reason}; pass a state that "
                     f"the layer itself returned"
                 ) from error
             raise
@@ -142,7 +142,8 @@ class Projection(nn.Module):
         back = self.tail[0]
         if tail.shape[1] != back:
             raise ValueError(
-                f"the state belongs to another layer: its convolutions look back {tail.shape[1]} tokens, these {back}"
+                f"the state belongs to another layer: its convolutions look back {tail.shape[1]} tokens, "
+                f"this layer's {back}"
             )
         if taps is not None:
             tail, taps = tail.to(y.dtype), taps.to(y.dtype)

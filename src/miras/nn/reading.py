@@ -173,11 +173,11 @@ def as_rows(block: Block) -> NDArray[Any]:
     ids = block.detach().cpu().numpy() if isinstance(block, Tensor) else np.asarray(block)
     if ids.dtype.kind in "US":
         raise ValueError(
-            "tokens are numbers, got a text; encode it first: miras.ByteTokenizer().encode(text)"
+            "tokens must be integers, got a text; encode it first: miras.ByteTokenizer().encode(text)"
         )
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu" or (ids.ndim == 2 and not len(ids)):
         raise ValueError(
-            f"tokens must be arrays of whole numbers, (T,) for one stream or (B, T) for several; got "
+            f"tokens must be arrays of integers, (T,) for one stream or (B, T) for several; got "
             f"{ids.dtype} {ids.shape}"
         )
     return ids[None] if ids.ndim == 1 else ids

@@ -9,7 +9,7 @@ MOST_THREADS = 1024
 def set_threads(threads: int) -> None:
     """Give torch that many threads; 0 leaves torch's choice. Raises ValueError for a number that cannot be."""
     if not 0 <= threads <= MOST_THREADS:
-        raise ValueError(f"--threads must be 0 (torch's choice) to {MOST_THREADS}, got {threads}")
+        raise ValueError(f"--threads must be 0 (torch's default) to {MOST_THREADS}, got {threads}")
     if threads:
         torch.set_num_threads(threads)
 

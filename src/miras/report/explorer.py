@@ -42,31 +42,32 @@ QUANTITIES = {
         "Predictive surprise",
         "predictive",
         "bits",
-        "How many bits the model needed to name the token before it saw it: 0 bits is certain.",
+        "The number of bits the model needed to predict the token: 0 bits is certain.",
     ),
     "momentary": Quantity(
         "Momentary surprise |grad|",
         "momentary",
         "gradient norm",
-        "How hard the token pulls at the memory: the size of the gradient of the memory’s own loss.",
+        "How strongly the token changes the memory: the norm of the gradient of the memory’s own loss.",
     ),
     "accumulated": Quantity(
         "Accumulated surprise |S|",
         "accumulated",
         "norm of S",
-        "What the memory writes with: this token’s step plus what momentum keeps of the steps before it. It rises at "
-        "an event and fades after it.",
+        "What the memory is updated with: this token’s step plus what momentum keeps of earlier steps. It rises at "
+        "an event and decays after it.",
     ),
-    "lr": Quantity(
-        "Step taken, lr", "step", "", "How far the memory moves against the gradient of the token."
-    ),
-    "momentum": Quantity("Momentum", "momentum", "", "The share of the surprise so far that lives on."),
+    "lr": Quantity("Step taken, lr", "step", "", "The step size of the memory for the token."),
+    "momentum": Quantity("Momentum", "momentum", "", "The fraction of past surprise that is carried on."),
     "forget": Quantity(
-        "Retention, 1 − forget", "retention", "", "The share of the memory that outlives the token."
+        "Retention, 1 − forget", "retention", "", "The fraction of the memory that is kept at the token."
     ),
     "weight": Quantity("Size of the memory |W|", "|W|", "", "The norm of all weights of the memory."),
     "loss": Quantity(
-        "Inner loss", "inner loss", "", "How far the memory’s own answer to the key is from the value."
+        "Inner loss",
+        "inner loss",
+        "",
+        "The memory’s own loss: how far its read for the key is from the value.",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What `miras report` can be told; no torch here, so that help is quick."""
+"""The options of `miras report`. This module does not import torch, so --help is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +9,11 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Read a text and write a page to look at: every token coloured by how much it surprised the model.
+    """Read a text and write a page to look at: every token coloured by how much it surprised the
+    model.
 
-    The page is one file that needs nothing else: predictive, momentary and accumulated surprise by layer and head, a
-    strip to jump through the text, and what the gates of the memories did.
+    The page is one file that needs nothing else: predictive, momentary and accumulated surprise by
+    layer and head, a strip to jump through the text, and what the gates of the memories did.
     """
 
     kind: Positional[Literal["surprise"]]
@@ -24,14 +25,16 @@ class ReportOptions:
     out: Path = Path("surprise.html")
     """The page to write."""
     tokens: int = 50_000
-    """Tokens to read from the start of the text; 0 reads all of it, and the page grows with them."""
+    """Tokens to read from the start of the text; 0 reads all of it, and the page grows with
+    them."""
     layers: tuple[int, ...] = ()
-    """Memory layers to show, counted from 0; without it all, or as many as a small page has room for."""
+    """Memory layers to show, counted from 0; without it all, or as many as a small page has room
+    for."""
     load_state: Path | None = None
-    """Read on from this saved state."""
+    """Continue from this saved state."""
     piece: int = 2048
-    """Tokens read at once: costs memory, changes no number."""
+    """Tokens read per call; affects memory use, not the results."""
     threads: int = 0
-    """Torch threads; 0 leaves torch's choice."""
+    """Number of torch threads; 0 uses torch's default."""
     trust_remote_code: bool = False
     """Import and run the classes and functions outside miras that the model's config names."""

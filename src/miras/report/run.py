@@ -55,7 +55,7 @@ def report(options: ReportOptions) -> int:
         page.save(options.out)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("no page was written") from None
-    goes_on = " (the text goes on: --tokens 0 reads all of it)" if more else ""
+    goes_on = " (the text is longer: --tokens 0 reads all of it)" if more else ""
     bits = page.bits_per_byte
     rate = "none of them predicted" if math.isnan(bits) else f"{bits:.4f} bits per byte"
     print(f"{len(ids):,} tokens{goes_on}, {rate}")

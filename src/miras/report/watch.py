@@ -38,7 +38,7 @@ def watch(
     if not len(ids):
         raise ValueError("there are no tokens to read")
     if state is not None and len(state.tokens) != 1:
-        raise ValueError(f"the state holds {len(state.tokens)} streams; a page shows one")
+        raise ValueError(f"the state holds {len(state.tokens)} streams; a page shows only one")
     before = 0 if state is None else int(state.tokens[0])
     found = read(model, ids, state, piece=piece, progress=progress, observe=True)
     assert found.seen is not None
@@ -56,9 +56,7 @@ def check_layers(model: LM, layers: Sequence[int]) -> None:
     config = model.config
     there = [n for n, mixer in enumerate(config.mixers()) if memories_in(mixer)]
     if wrong := [n for n in layers if n not in there]:
-        having = (
-            f"those with a memory are {', '.join(map(str, there))}" if there else "the model has no memory"
-        )
+        having = f"layers with a memory: {', '.join(map(str, there))}" if there else "the model has no memory"
         raise ValueError(f"--layers {wrong[0]}: no such memory layer; {having}")
 
 

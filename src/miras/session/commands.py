@@ -60,7 +60,7 @@ def feed(options: FeedOptions) -> int:
         usual = {f.name: f.default for f in fields(FeedOptions)}
         given = [n for n in ("lr", "segment", "replay") if getattr(options, n) != usual[n]]
         if given:
-            raise ValueError(f"--{given[0]} is for learning outer weights: add --learn, or leave it out")
+            raise ValueError(f"--{given[0]} requires --learn; add it, or omit --{given[0]}")
     name = options.name or ("standard input" if options.file == "-" else Path(options.file).name)
     fed: Fed | None = None
     rate = 0.0
@@ -137,7 +137,7 @@ def fork(options: ForkOptions) -> int:
     with _fresh(options.copy):
         header = read_header(options.session, whole=True)
         write_atomically(options.copy, options.session.read_bytes())
-    print(f"{options.copy} goes on from {options.session} at {header.tokens:,} tokens")
+    print(f"{options.copy} continues {options.session} at  {header.tokens:,} tokens")
     return 0
 
 
@@ -160,7 +160,7 @@ def rewind(options: RewindOptions) -> int:
     """Go back to a mark."""
     before = read_header(options.session).tokens
     _, said = _written(options.session, options, lambda session: session.rewind(options.name))
-    print(f"from {before:,} tokens back to {options.name!r}; {said}")
+    print(f"rewound from {before:,} tokens to {options.name!r}; {said}")
     return 0
 
 
@@ -181,7 +181,7 @@ def show(options: ShowOptions) -> int:
     )
     console.print(f"model {found['model']} ({header.summary}) in {found['folder'] or 'an unknown folder'}")
     if session.now.delta:
-        console.print(f"outer weights {found['learned']:.3%} away from the model's, by learning")
+        console.print(f"outer weights differ from the model's by {found['learned']:.3%}, after learning")
     costs = ", ".join(f"{what} {size_text(n)}" for what, n in found["bytes"].items() if n)
     console.print(f"{size_text(header.nbytes)} on disk: {costs}")
     if found["episodes"]:
@@ -223,7 +223,7 @@ def diff(options: DiffOptions) -> int:
         table.add_row(
             row.layer, row.weight, f"{row.size:.4g}", f"{row.distance:.4g}", f"{row.share:.2%}", *shares
         )
-    console.print(table if rows else "this model has no memory that could move")
+    console.print(table if rows else "this model has no memory to compare")
     console.print(f"outer weights: {outer:.3%}")
     return 0
 
@@ -301,7 +301,7 @@ def _fresh(path: Path) -> Iterator[None]:
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: the name of a session ends in {SUFFIX}; call it {path.name}{SUFFIX}")
     if path.exists():
-        raise ValueError(f"{path} exists already; choose another name, or remove it first")
+        raise ValueError(f"{path} already exists; choose another name, or remove it first")
     with hold(path):
         yield
 
@@ -329,11 +329,11 @@ def _loaded(path: Path, options: ModelOptions) -> Session:
     folder = Path(about.folder) if options.model is None else options.model
     if options.model is None and not (folder / "config.json").is_file():
         where = (
-            f"its model was in {folder} and is not there any more"
+            f"its model was in {folder}, which no longer exists"
             if about.folder
-            else "it does not say where its model is"
+            else "it does not record where its model is"
         )
-        raise FileNotFoundError(f"{path}: {where}; name the folder of model {about.model} with --model")
+        raise FileNotFoundError(f"{path}: {where}; give the folder of model {about.model} with --model")
     model, tokenizer = open_model(folder, options.trust_remote_code)
     session = Session.load(path, model, tokenizer)
     session.folder = str(folder.resolve())

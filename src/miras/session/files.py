@@ -144,7 +144,7 @@ def read(path: Path, model: LM, tokenizer: str) -> tuple[About, list[Moment], li
     except BROKEN as error:
         if isinstance(error, ValueError):
             raise
-        raise ValueError(f"{path} is corrupt: its parts do not fit together ({error!r})") from error
+        raise ValueError(f"{path} is corrupt: its parts are inconsistent ({error!r})") from error
 
 
 def read_header(path: str | Path, *, whole: bool = False) -> SessionHeader:
@@ -189,7 +189,7 @@ def _told(path: Path, header: dict[str, str]) -> tuple[About, dict[str, Any]]:
     except BROKEN as error:
         raise ValueError(f"{path} is corrupt: its header is incomplete ({error!r})") from error
     if count != 1:
-        raise ValueError(f"{path} holds {count} streams; a session can go on with only one")
+        raise ValueError(f"{path} holds {count} streams; a session can continue only one")
     return about, told
 
 
@@ -206,7 +206,7 @@ def find(folder: str | Path) -> list[tuple[Path, SessionHeader | ValueError]]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder; name one to look for sessions in")
+        raise FileNotFoundError(f"{folder} is not a folder; give a folder with sessions")
     return [(path, _header_or_why(path)) for path in sorted(folder.glob(f"*{SUFFIX}")) if path.is_file()]
 
 

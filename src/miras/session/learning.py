@@ -65,7 +65,7 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
         if not (math.isfinite(total) and bool(torch.isfinite(norm))):
             raise ValueError(
-                f"learning met a number that is not finite (loss {total}, gradient {float(norm)}); give a smaller "
+                f"learning produced a non-finite value (loss {total}, gradient {float(norm)}); use a smaller "
                 f"--lr, or feed without --learn"
             )
         self._optimizer.step()

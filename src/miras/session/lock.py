@@ -9,5 +9,5 @@ from miras.store import lock
 def hold(path: str | Path) -> AbstractContextManager[None]:
     """Keep other processes from writing a session's file; raises as `miras.store.lock.hold`."""
     return lock.hold(
-        path, "a session has one writer at a time: wait for it, or work on a copy (miras session fork)"
+        path, "a session can have one writer at a time: wait for it, or work on a copy (miras session fork)"
     )

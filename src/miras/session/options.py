@@ -1,4 +1,4 @@
-"""What `miras session` can be told; no torch here, so that help is quick."""
+"""The options of `miras session`. This module does not import torch, so --help is fast."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,28 +8,29 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """How a session's model is found and run."""
+    """How to find and run the model of a session."""
 
     model: Path | None = None
     """The model's folder, if it is no longer where it was when the session was saved."""
     threads: int = 0
-    """Torch threads; 0 leaves torch's choice."""
+    """Number of torch threads; 0 uses torch's default."""
     trust_remote_code: bool = False
     """Import and run the classes and functions outside miras that the model's config names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewOptions:
-    """Begin a session with a model: a memory that nothing was read into yet."""
+    """Create a session: a model with a memory that has read nothing yet."""
 
     session: Positional[Path]
     """The file to make, NAME.miras."""
     model: Positional[Path]
-    """A model folder, as `miras train` writes it."""
+    """A model folder, as written by `miras train`."""
     keep: int = 4096
-    """Tokens of each episode that are kept in the file, for `recall` to ask what is left of it; 0 keeps none."""
+    """Tokens of each episode to keep in the file, so that `recall` can test what is left of it; 0
+    keeps none."""
     threads: int = 0
-    """Torch threads; 0 leaves torch's choice."""
+    """Number of torch threads; 0 uses torch's default."""
     trust_remote_code: bool = False
     """Import and run the classes and functions outside miras that the model's config names."""
 
@@ -46,24 +47,26 @@ class FeedOptions(ModelOptions):
     file: Positional[str]
     """The text, plain or .xz .gz .bz2, also through a pipe; '-' reads standard input."""
     name: str | None = None
-    """What to call the episode; the file's name without it."""
+    """Name of the episode; by default the name of the file."""
     piece: int = 2048
-    """Tokens read at once: costs memory, changes no number."""
+    """Tokens read per call; affects memory use, not the results."""
     learn: bool = False
-    """Let the outer weights learn from the text too, slowly; the session keeps how they differ from the model's."""
+    """Let the outer weights learn from the text too, slowly. The session stores their difference
+    from the model's."""
     lr: float = 1e-5
     """Learning rate of --learn."""
     segment: int = 512
-    """Tokens of one step of --learn, through which its gradient flows."""
+    """Tokens per gradient step of --learn."""
     replay: int = 0
-    """Past segments that --learn keeps in the session; one of them is learned again with each new segment."""
+    """Past steps' tokens that --learn keeps in the session; each new step also learns from one of
+    them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatOptions(ModelOptions):
     """Talk with a session.
 
-    It reads each line that you type and goes on from it. Ctrl-D and Ctrl-C save and leave.
+    It reads each line that you type and continues it. Ctrl-D and Ctrl-C save and exit.
     """
 
     session: Positional[Path]
@@ -71,17 +74,17 @@ class ChatOptions(ModelOptions):
     tokens: int = 200
     """Tokens of each answer."""
     temperature: float = 1.0
-    """0 takes the most likely token each time."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens that has this much of the probability."""
+    """Sample from the smallest set of tokens with at least this total probability."""
     seed: int = 0
     name: str = "chat"
-    """What to call the episode."""
+    """Name of the episode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForkOptions:
-    """Copy a session: both go on from here, each for itself."""
+    """Copy a session; the two continue independently."""
 
     session: Positional[Path]
     """A session's file."""
@@ -91,9 +94,9 @@ class ForkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MarkOptions(ModelOptions):
-    """Remember what a session is now under a name, to rewind to.
+    """Mark the current state of a session with a name, to rewind to later.
 
-    It costs a whole state in the session's file.
+    A mark stores a complete state in the session's file.
     """
 
     session: Positional[Path]
@@ -101,14 +104,14 @@ class MarkOptions(ModelOptions):
     name: Positional[str]
     """The mark."""
     drop: bool = False
-    """Forget the mark instead."""
+    """Delete the mark instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewindOptions(ModelOptions):
-    """Make a session again what it was at a mark.
+    """Rewind a session to a mark.
 
-    What it read since then is gone; marks stay, later ones too.
+    Everything read since then is lost; all marks stay, including later ones.
     """
 
     session: Positional[Path]
@@ -119,7 +122,7 @@ class RewindOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions(ModelOptions):
-    """Show what a session is: its episodes and marks, what it costs, and how large each layer's memory is."""
+    """Show a session: episodes, marks, size, and the norm of each layer's memory."""
 
     session: Positional[Path]
     """A session's file."""
@@ -129,7 +132,7 @@ class ShowOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class DiffOptions(ModelOptions):
-    """Show which layers' memories moved from one session to another, and how far."""
+    """Show how far each layer's memory differs between two sessions."""
 
     session: Positional[Path]
     """A session's file."""
@@ -143,10 +146,10 @@ class DiffOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class RecallOptions(ModelOptions):
-    """Show what is left of each episode that a session has read.
+    """Show how much is left of each episode of a session.
 
-    That is the loss on its kept tokens, read without writing, with the memory as it is now, as it was right after
-    reading them, with a fresh one, and with one that has read another text instead.
+    That is the loss on its kept tokens, read without writing, with the memory as it is now, as it
+    was right after reading them, with a fresh one, and with one that has read another text instead.
     """
 
     session: Positional[Path]

@@ -143,7 +143,7 @@ class Session:
         vocabulary, and a name inside an open episode.
         """
         if self._open and name is not None:
-            raise ValueError(f"episode {self.now.episodes[-1].name!r} is open: feed it without a name")
+            raise ValueError(f"episode {self.now.episodes[-1].name!r} is open: call feed without a name")
         ids = self.tokenizer.encode(text) if isinstance(text, str | bytes) else text
         learner = None if learning is None else Learner(self.model, learning)
         kept: list[Ids] = []
@@ -265,7 +265,7 @@ class Session:
         """
         if self.hash != other.hash:
             raise ValueError(
-                f"the sessions have different models, {self.hash} and {other.hash}: their memories cannot be compared"
+                f"the sessions have different models, {self.hash} and {other.hash}, so they cannot be compared"
             )
         return moved(self.base, self.now.state, other.now.state)
 
@@ -323,9 +323,9 @@ class Session:
         """Remember all that the session is now under a name. Raises ValueError for a name that is taken."""
         self._closed("a mark")
         if not name:
-            raise ValueError("a mark needs a name that is not empty")
+            raise ValueError("the name of a mark must not be empty")
         if name in self.marks:
-            raise ValueError(f"the mark {name!r} is there already; choose another name, or drop it first")
+            raise ValueError(f"the mark {name!r} already exists; choose another name, or drop it first")
         self.marks[name] = self.now
 
     def unmark(self, name: str) -> None:

@@ -32,7 +32,7 @@ def read_checked(path: Path) -> bytes:
     wanted = sums.get(path.name) if isinstance(sums, dict) else None
     if wanted is not None and wanted != hashlib.sha256(data).hexdigest():
         raise ValueError(
-            f"{path} has changed since it was saved (its checksum is another one); take a whole copy, or, if you "
+            f"{path} has changed since it was saved (its checksum differs); use an intact copy or, if you "
             f"changed it on purpose, delete {CHECKSUMS} in {path.parent}"
         )
     return data

@@ -141,16 +141,16 @@ def check_place(flag: str, path: Path, ours: Callable[[Path], bool], kind: str) 
     """
     real = Path(os.path.realpath(path))
     if real.is_dir():
-        raise ValueError(f"{flag} {path} is a folder; name a file in it")
+        raise ValueError(f"{flag} {path} is a folder; give a file in it")
     if real.exists() and not (real.is_file() and (not real.stat().st_size or ours(real))):
-        raise ValueError(f"{flag} {path} exists and is not {kind}; name another file, or remove it first")
+        raise ValueError(f"{flag} {path} exists and is not {kind}; choose another file, or remove it first")
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         with _draft(real) as draft:
             os.close(_made(draft))
     except OSError as error:
         raise ValueError(
-            f"{flag} {path} cannot be written ({error.strerror}); name a file where you may write"
+            f"{flag} {path} cannot be written ({error.strerror}); choose a place where you may write"
         ) from error
 
 

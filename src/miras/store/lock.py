@@ -67,7 +67,7 @@ def _acquire(lock: Path, name: str, advice: str) -> int:
                 raise ValueError(busy)
             if locked is None and _claimed(pid, host, handle):
                 raise ValueError(
-                    f"{busy}. This file system has no locks: if there is no such process any more, remove {lock}"
+                    f"{busy}. This file system has no locks: if that process no longer exists, remove {lock}"
                 )
             if _there(handle, lock):
                 os.ftruncate(handle, 0)
@@ -82,7 +82,7 @@ def _acquire(lock: Path, name: str, advice: str) -> int:
 
 def _opened(lock: Path) -> int:
     """The lock's file, open. Raises ValueError when something else has its name, which must not be written to."""
-    odd = f"{lock} is not a lock that miras made; look what it is, and remove it"
+    odd = f"{lock} is not a lock made by miras; check what it is, and remove it"
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     except OSError as error:

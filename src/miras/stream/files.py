@@ -108,7 +108,7 @@ def check_model(path: Path, wanted: str, about: str, model: LM) -> str:
     if (own := model_hash(model)) != wanted:
         raise ValueError(
             f"{path} belongs to another model: it was saved with model {wanted} ({about}), "
-            f"this is model {own}; states go with the very weights that made them"
+            f"this model is {own}; a state belongs to the exact weights that made it"
         )
     return own
 
@@ -165,8 +165,8 @@ def read_sealed(
     """
     if not path.is_file():
         if path.is_dir():
-            raise FileNotFoundError(f"{path} is a folder, not {noun}, which is one file")
-        raise FileNotFoundError(f"{path} does not exist; name the file of {noun}")
+            raise FileNotFoundError(f"{path} is a folder; {noun} is a single file")
+        raise FileNotFoundError(f"{path} does not exist; give the file of {noun}")
     path.open("rb").close()  # safetensors takes a file that may not be read for none
     try:
         with safe_open(path, "pt") as file:
@@ -190,10 +190,10 @@ def read_sealed(
     head = {name: value for name, value in told.items() if name != "header_sha256"}
     if told.get("header_sha256", _digest({}, head)) != _digest({}, head):
         raise ValueError(
-            f"{path} is corrupt: its checksum differs, a byte of its header has changed since it was saved"
+            f"{path} is corrupt: its checksum differs: a byte of its header has changed since it was saved"
         )
     if with_tensors and _digest(tensors, told) != checksum:
-        raise ValueError(f"{path} is corrupt: its checksum differs, a byte has changed since it was saved")
+        raise ValueError(f"{path} is corrupt: its checksum differs: a byte has changed since it was saved")
     return told, tensors
 
 

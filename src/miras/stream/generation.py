@@ -63,9 +63,9 @@ def generate(
     check_sampling(num_tokens, temperature, top_p, seed)
     ids = as_rows(prompt)
     if len(ids) != 1:
-        raise ValueError(f"a prompt is one row of tokens, got {len(ids)} rows")
+        raise ValueError(f"a prompt must be one row of tokens, got {len(ids)} rows")
     if not ids.size and not isinstance(state, StreamState):
-        raise ValueError("the prompt is empty: give at least one token to go on from")
+        raise ValueError("the prompt is empty: give at least one token to continue from")
     check_ids(ids, model.config.vocab_size)
     for part in read_pieces(model, ids, state):
         state = part.state

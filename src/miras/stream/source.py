@@ -37,7 +37,7 @@ def text_file(name: str) -> Path:
     """The file of a text, or a pipe. Raises FileNotFoundError or ValueError when it is neither."""
     path = Path(name).expanduser()
     if path.is_dir():
-        raise ValueError(f"{name} is a folder; a stream is one file, or '-' for standard input")
+        raise ValueError(f"{name} is a folder; give one file, or '-' for standard input")
     if not path.exists():
         raise FileNotFoundError(f"No such file: {name!r} (looked in {Path.cwd()})")
     return path

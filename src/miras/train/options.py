@@ -1,4 +1,4 @@
-"""What `miras train` can be told; no torch here, so that help is quick."""
+"""The options of `miras train`. This module does not import torch, so --help is fast."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -33,7 +33,8 @@ class ModelOptions:
     initial_scale: float | None = None
     """Deviation of the initial memory, times the square root of its input width."""
     rule: Annotated[dict[str, str], Suppress, Fixed] = field(default_factory=dict[str, str])
-    """Choices of the memory's rule, and their fields, as `miras.train.choices` reads them from flags and files."""
+    """Choices of the memory's rule, and their fields, as `miras.train.choices` reads them from
+    flags and files."""
 
     def sizes(self) -> dict[str, Any]:
         """The sizes that are given."""
@@ -69,12 +70,14 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(Settings, ModelOptions):
-    """Train a model on text (or on needles) and write checkpoints, metrics and the model to a folder."""
+    """Train a model on text (or on needles) and write checkpoints, metrics and the model to a
+    folder."""
 
     out: Path
     """Folder for checkpoints, metrics.jsonl and the trained model."""
     text: tuple[str, ...] = ()
-    """Text to learn: files, .xz .gz .bz2, .zip and tar archives, folders or globs. Without it, the embedded novel."""
+    """Text to learn: files, .xz .gz .bz2, .zip and tar archives, folders or globs. Without it, the
+    embedded novel."""
     needle: bool = False
     """Learn to find needles in noise instead of learning text."""
     preset: str = "titans-mag"
@@ -96,19 +99,21 @@ class TrainOptions(Settings, ModelOptions):
     accumulate: int = 1
     """Micro-batches per optimizer step, each with its own lanes."""
     carry: bool = True
-    """Carry each lane's state from one step to the next (truncated backpropagation through time). A model whose
-    attention has no window begins anew in each step, because its state would grow with every token."""
+    """Carry each lane's state from one step to the next (truncated backpropagation through time). A
+    model whose attention has no window begins anew in each step, because its state would grow with
+    every token."""
     write_price_from: float = 0.3
     """Running accuracy (needles) from which the price is asked; text asks it from the start."""
     seed: int = 0
     threads: int = 0
-    """Torch threads; 0 leaves torch's choice."""
+    """Number of torch threads; 0 uses torch's default."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     keep: int = 2
     """Checkpoints to keep."""
     resume: bool = False
-    """Go on from the newest checkpoint in OUT, as if there had been no stop; options left out are as it began."""
+    """Go on from the newest checkpoint in OUT, as if there had been no stop; options left out are
+    as it began."""
 
 
 CHECK_SIZES: dict[str, Any] = {
@@ -119,12 +124,14 @@ CHECK_SIZES: dict[str, Any] = {
     "segment_size": 64,
     "num_persistent": 4,
 }
-"""What `miras check-training` makes of a preset: small enough for half a minute, large enough to go wrong."""
+"""What `miras check-training` makes of a preset: small enough for half a minute, large enough to go
+wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(ModelOptions):
-    """Train a preset for a few steps and say whether it learns: loss, gradients, weights, sensitivity.
+    """Train a preset for a few steps and say whether it learns: loss, gradients, weights,
+    sensitivity.
 
     The exit status is 0 when everything is in range, 1 when something is not.
     """
@@ -143,11 +150,12 @@ class CheckOptions(ModelOptions):
     """Tokens of a lane in one step."""
     seed: int = 0
     text: tuple[str, ...] = ()
-    """Text to train on: files, .xz .gz .bz2, .zip and tar archives, folders or globs. Without it, a novel."""
+    """Text to train on: files, .xz .gz .bz2, .zip and tar archives, folders or globs. Without it, a
+    novel."""
     reference: bool = True
     """Also train Gated DeltaNet of equal size on the same bytes."""
     threads: int = 0
-    """Torch threads; 0 leaves torch's choice."""
+    """Number of torch threads; 0 uses torch's default."""
     trust_remote_code: bool = False
     """Import and run the classes and functions outside miras that the model's config names."""
     json: Path | None = None

@@ -50,7 +50,7 @@ def train(options: TrainOptions) -> int:
     console = Plain(stderr=True, soft_wrap=True)
     _check(options)
     set_threads(options.threads)
-    advice = "a run has one writer at a time: wait for it, or choose another --out"
+    advice = "a run can have one writer at a time: wait for it, or choose another --out"
     with hold(options.out / "run", advice, str(options.out)):
         _check(options)  # what another process wrote here until now
         return _train(options, console)
@@ -64,7 +64,7 @@ def _train(options: TrainOptions, console: Console) -> int:
     if options.carry and config.grows():
         if not options.resume:
             console.print(
-                "Attention without a window: a carried state would grow with every token, so each step begins anew "
+                "Full attention: a carried state would grow with every token, so each step starts with a new state "
                 "(--window-size bounds it)."
             )
         options = dataclasses.replace(options, carry=False)
@@ -86,7 +86,7 @@ def _train(options: TrainOptions, console: Console) -> int:
     if metrics.missing:
         console.print(
             f"{metrics.path} lacks {metrics.missing:,} of the {run.step:,} steps before this one: a machine "
-            "that stopped had not written them yet. The training goes on exactly all the same."
+            "that stopped had not written them yet. Training still continues exactly."
         )
 
     def save() -> Path:
@@ -139,14 +139,14 @@ def _way_on(out: Path, run: Run) -> str:
             run.check()
     except NonFiniteError:  # an older version wrote it
         if not older:
-            return f"{newest} holds such numbers too: begin anew, with a lower --lr or --clip."
+            return f"{newest} is not finite either: start again with a lower --lr or --clip."
         return (
-            f"{newest} holds such numbers too. Move it away, lower --lr or --clip and add --resume, to go on from "
+            f"{newest} is not finite either. Move it away, lower --lr or --clip, and add --resume to continue from "
             f"{older[-1]}."
         )
     if newest is None:
-        return "Nothing was saved: the model that it began with is not finite."
-    return f"The last good checkpoint is {newest}; lower --lr or --clip and add --resume to go on from it."
+        return "Nothing was saved: the model that training started with is not finite."
+    return f"The last good checkpoint is {newest}; lower --lr or --clip and add --resume to continue from it."
 
 
 def begun(out: Path) -> dict[str, Any]:
@@ -191,15 +191,15 @@ def _check(options: TrainOptions) -> None:
         if not 0 <= getattr(options, name) < 1:
             raise ValueError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
     if options.needle and (options.text or options.tokenizer):
-        raise ValueError("--needle makes its own text in bytes; leave --text and --tokenizer out")
+        raise ValueError("--needle generates its own text in bytes; omit --text and --tokenizer")
     there = checkpoints(options.out) if options.out.exists() else []
     if there and not options.resume:
         raise ValueError(
-            f"{options.out} holds a run already ({there[-1].name}); add --resume to go on, or choose "
+            f"{options.out} already holds a run ({there[-1].name}); add --resume to continue it, or choose "
             f"another --out"
         )
     if options.resume and not there:
-        raise ValueError(f"--resume: {options.out} holds no checkpoint; leave --resume out to begin")
+        raise ValueError(f"--resume: {options.out} holds no checkpoint; omit --resume to start")
     if options.resume:
         meta = read_meta(there[-1])
         # What an older version did not ask, it did by default.
@@ -210,17 +210,17 @@ def _check(options: TrainOptions) -> None:
         fixed = [n for n in changed if n not in _ADJUSTABLE]
         if fixed:
             raise ValueError(
-                "--resume: the run began with other options: "
+                "--resume: the run was started with other options: "
                 + ", ".join(f"{n} {before[n]!r}, now {now[n]!r}" for n in fixed)
             )
         begun = before.get("model")
         if options.model is not None and (begun is None or Path(begun).resolve() != options.model.resolve()):
             raise ValueError(
                 f"--resume: the run began with {begun or 'a fresh model'}, not with {options.model}; the "
-                f"checkpoint holds its model, leave --model out"
+                f"checkpoint holds its model; omit --model"
             )
         if options.steps < meta["step"]:
-            raise ValueError(f"--steps {options.steps}: the run has made {meta['step']} steps already")
+            raise ValueError(f"--steps {options.steps}: the run has already made {meta['step']} steps")
 
 
 _ADJUSTABLE = ("steps", "lr", "own_lr", "min_lr", "clip", "weight_decay", "write_price", "warmup")
@@ -235,7 +235,7 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
         if config.vocab_size != vocab_size:
             raise ValueError(
                 f"{newest} has a vocabulary of {config.vocab_size}, the tokenizer's is {vocab_size}; "
-                f"give the tokenizer that the run began with"
+                f"give the tokenizer that the run was started with"
             )
         return config
     if options.model is None:
@@ -263,7 +263,7 @@ def _check_memory(options: TrainOptions, config: ModelConfig) -> None:
     if least > there:
         raise ValueError(
             f"--seq-len {options.seq_len:,} and --batch-size {options.batch_size:,}: a step needs at least "
-            f"{size_text(least)} of memory, and this machine has {size_text(there)}; take fewer tokens at once"
+            f"{size_text(least)} of memory, and this machine has {size_text(there)}; use fewer tokens per step"
         )
 
 
@@ -390,7 +390,7 @@ def progress(console: Console, steps: int, run: Run) -> Iterator[Callable[[dict[
         if not console.is_terminal and ((row["step"] + 1) % every == 0 or row["step"] + 1 == steps):
             console.print(f"step {row['step'] + 1:.0f}/{steps}  {said}")
 
-    console.print(f"What is shown is the mean of the last {WINDOW} steps.")
+    console.print(f"The values shown are means over the last {WINDOW} steps.")
     with bar:
         task = bar.add_task("training", total=steps, completed=run.step, said="")
         yield show

@@ -171,20 +171,20 @@ def _expect(mine: dict[str, Any], values: dict[str, Any]) -> None:
     if values.get("kind") != mine["kind"]:
         raise ValueError(
             f"the checkpoint was trained on {values.get('kind')!r}, this run trains on {mine['kind']!r}; "
-            f"use the options it began with"
+            f"use the options it was started with"
         )
     if values.get("data") != mine["data"]:
         before, now = (str(x)[:12] for x in (values.get("data"), mine["data"]))
         raise ValueError(
             f"the checkpoint was trained on other data (tokens of SHA-256 {before}, now {now}); "
-            f"use the text and the tokenizer it began with"
+            f"use the text and the tokenizer it was started with"
         )
     other = [n for n in mine if values.get(n) != mine[n]]
     if other:
         raise ValueError(
             "the checkpoint was trained with "
             + ", ".join(f"{n} {values.get(n)!r}, now {mine[n]!r}" for n in other)
-            + "; use the options it began with"
+            + "; use the options it was started with"
         )
 
 
