@@ -130,7 +130,16 @@ def test_a_file_says_everything_that_a_model_is():
         "num_persistent": 128,
     }
     memory = mag["memory"]
-    assert set(memory) == {"name", "rule", "gates", "conv_size", "initial_scale", "features"}
+    assert set(memory) == {
+        "name",
+        "rule",
+        "gates",
+        "conv_size",
+        "initial_scale",
+        "features",
+        "key_dim",
+        "value_dim",
+    }
     assert set(memory["rule"]["algorithm"]) == {
         "name",
         "momentum",

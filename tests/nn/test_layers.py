@@ -36,12 +36,15 @@ def made(kind: MixerConfig, rule: Rule = RULE, head_dim: int | None = None, **ch
 
 LAYERS = {
     "titans": lambda: MemoryLayer(HIDDEN, HEADS, RULE),
-    "matrix": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, head_dim=5, value_dim=3),
+    "matrix": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, key_dim=5, value_dim=3),
     "turned": lambda: MemoryLayer(HIDDEN, HEADS, RULE, features=Features(scaled=True, rotary=True)),
     "no-conv": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, conv_size=0, initial_scale=0.0),
     "deep": lambda: MemoryLayer(HIDDEN, HEADS, DEEP, head_dim=4, value_dim=7, conv_size=2),
     "window": lambda: AttentionLayer(HIDDEN, HEADS, window_size=5, num_persistent=2),
     "full": lambda: AttentionLayer(HIDDEN, HEADS, head_dim=4),
+    "mac-wide": lambda: made(MACConfig(), DEEP, segment_size=10, pool=2, key_dim=4, value_dim=7),
+    "mal-wide": lambda: made(MALConfig(), PLAIN, window_size=5, key_dim=7, value_dim=2),
+    "mag-narrow": lambda: made(MAGConfig(), PLAIN, window_size=5, key_dim=3),
     "mag": lambda: made(MAGConfig(), window_size=5, num_persistent=2),
     "mac": lambda: made(MACConfig(), segment_size=8, num_persistent=2),
     "mac-pooled": lambda: made(MACConfig(), segment_size=8, pool=4),

@@ -220,7 +220,10 @@ def features(config: MemoryConfig) -> str:
     keys = {"projected": "", "forget": "; k = forget", "query": "; k = q"}[f.keys]
     scaled = "; q / sqrt(width)" * f.scaled
     normalizer = "; the read is divided by max(1, |n|)" * f.normalizer
-    return f"q, k: {', '.join(made)}{keys}{scaled}; v: {', '.join([*words, f.values])}{normalizer}"
+    key, value = ("" if d is None else f", {d} wide" for d in (config.key_dim, config.value_dim))
+    return (
+        f"q, k: {', '.join(made)}{key}{keys}{scaled}; v: {', '.join([*words, f.values])}{value}{normalizer}"
+    )
 
 
 def design_space() -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ class AttentionConfig(MixerConfig):
         return self.window_size is None
 
     def refusal(self, sizes: Sizes) -> str | None:
-        return rotary_refusal(sizes)
+        return rotary_refusal(sizes.width())
 
     def words(self) -> list[str]:
         window = "everything" if self.window_size is None else f"{self.window_size:,} tokens"
@@ -61,9 +61,8 @@ class AttentionConfig(MixerConfig):
         return dict(vars(self))
 
 
-def rotary_refusal(sizes: Sizes) -> str | None:
-    """Why heads of these sizes cannot be rotated, or None."""
-    width = sizes.width()
+def rotary_refusal(width: int) -> str | None:
+    """Why queries and keys of this width cannot be rotated, or None."""
     return f"rotary positions need an even head width, got {width}" if width % 2 else None
 
 

@@ -89,7 +89,7 @@ class Features(Typed):
     """How queries, keys and values are made from their projections, and the read from the memory's answer.
 
     activation of q and k, values that of v: "silu", "identity", "elu1" (elu + 1). normalize: q and k of length 1.
-    scaled: q times head_dim^-1/2. rotary: q and k rotated by their place in the document (RetNet). keys:
+    scaled: q times Dk^-1/2, Dk its width. rotary: q and k rotated by their place in the document (RetNet). keys:
     "projected"; "forget", the channel-wise forget gate itself (HGRN2: k = 1 - keep); "query", the q of the same
     token, the control that takes away what keys add. normalizer: a constant 1 is remembered beside v, and the read
     divided by max(1, |what it became|) (mLSTM). Raises ValueError for an unknown choice.
@@ -115,9 +115,9 @@ class Features(Typed):
                     f"Features: unknown {name} {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
                 )
 
-    def refusal(self, rule: Rule, gates: Mapping[str, Gate], sizes: Sizes) -> str | None:
-        """Why these features have no meaning for a memory with that rule, gates and sizes, or None."""
-        if self.rotary and (reason := rotary_refusal(sizes)):
+    def refusal(self, rule: Rule, gates: Mapping[str, Gate], key_dim: int) -> str | None:
+        """Why these features have no meaning for a memory with that rule, gates and keys of that width, or None."""
+        if self.rotary and (reason := rotary_refusal(key_dim)):
             return reason
         if rule.algorithm.steps > 1 and (self.rotary or self.keys != "projected"):
             return "with several steps per token each has a key of its own: keys='projected', rotary=False"
@@ -140,8 +140,8 @@ class MemoryConfig(MixerConfig):
     rule: its choices, whose fields (memory, bias, retention, algorithm, chunk_size, schedule) `changed` takes too;
     gates: how its gates are made where that differs from `DEFAULT_GATES`, by name, or by name.weight for one weight
     of the memory; conv_size: taps behind its projections, 0 for none; initial_scale: deviation of the initial memory
-    times sqrt(d_in); features: how queries, keys and values are made. Raises ValueError for gates that the rule does
-    not read.
+    times sqrt(d_in); features: how queries, keys and values are made; key_dim, value_dim: the width of a head's keys
+    and of its values, that of the head if not given. Raises ValueError for gates that the rule does not read.
     """
 
     name: ClassVar[str] = "memory"
@@ -151,6 +151,8 @@ class MemoryConfig(MixerConfig):
     conv_size: int = 4
     initial_scale: float = 1.0
     features: Features = Features()
+    key_dim: int | None = None
+    value_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +161,7 @@ class MemoryConfig(MixerConfig):
                 f"MemoryConfig: rule must be a Rule(...) and gates a mapping from names to Gate(...), got "
                 f"{self.rule!r} and {self.gates!r}"
             )
-        check_sizes(self, conv_size=0, initial_scale=0)
+        check_sizes(self, conv_size=0, initial_scale=0, key_dim=1, value_dim=1)
         check_sizes(self.rule, chunk_size=1)
         if reason := unread(self.rule, self.gates) or forget_refusal(self.rule, self.gates):
             raise ValueError(f"MemoryConfig: {reason}")
@@ -181,9 +183,24 @@ class MemoryConfig(MixerConfig):
     def stride(self) -> int:
         return self.rule.chunk_size
 
+    def widths(self, sizes: Sizes) -> tuple[int, int]:
+        """Dk and Dv, the widths of a head's key and value."""
+        key, value = (sizes.width() if d is None else d for d in (self.key_dim, self.value_dim))
+        return key, value
+
+    def held(self, sizes: Sizes) -> tuple[int, int]:
+        """The widths of what the memory itself is given: the value with the normalizer's constant."""
+        key, value = self.widths(sizes)
+        return key, value + self.features.normalizer
+
     def refusal(self, sizes: Sizes) -> str | None:
-        reason = self.features.refusal(self.rule, self.made(), sizes)
-        return f"{self.features} has no meaning here: {reason}" if reason else None
+        if reason := self.features.refusal(self.rule, self.made(), self.widths(sizes)[0]):
+            return f"{self.features} has no meaning here: {reason}"
+        try:
+            self.rule.memory.shapes(*self.held(sizes))
+        except ValueError as error:
+            return str(error)
+        return None
 
     def names(self) -> set[str]:
         return {*vars(self), *RULE_PARTS}
@@ -215,25 +232,25 @@ class MemoryConfig(MixerConfig):
         formed for every token, it is passed at the key, backwards and at the query, and once by the rank-one update.
         All that is times the steps of a token.
         """
-        D, H, width, rule = sizes.hidden_size, sizes.num_heads, sizes.width(), self.rule
+        D, H, rule = sizes.hidden_size, sizes.num_heads, self.rule
+        (d_key, d_value), held = self.widths(sizes), self.held(sizes)
         n, momentum = rule.algorithm.steps, rule.algorithm.momentum
         C = 1 if rule.chunk_size == 1 else rule.chunk_size * n
-        held = width + self.features.normalizer
-        outputs = gate_outputs(rule, self.made(), width, held)
-        total = 2 * D * H * width * (1 + n * (1 + (self.features.keys == "projected")))
+        outputs = gate_outputs(rule, self.made(), *held)
+        total = 2 * D * H * (d_key * (1 + n * (self.features.keys == "projected")) + n * d_value)
         for _, gate, size, channels in outputs:
             if gate.source == "token" and gate.follows is None:
                 low = gate.rank if channels else 0
                 total += 2 * D * low + 2 * low * H * size if low else 2 * D * H * size
         formed = momentum and any(o.channels for o in outputs if o.name.split(".")[0] not in rule.bias.gates)
         formed = formed or not (rule.retention.direct and rule.algorithm.direct) or rule.memory.elementwise
-        for i, (d_in, d_out) in enumerate(rule.memory.shapes(width, held).values()):
+        for i, (d_in, d_out) in enumerate(rule.memory.shapes(*held).values()):
             passes = 1 + (i > 0) + (2 if formed else (1 + momentum) * 2)
             total += n * 2 * H * (passes * d_in * d_out + (0 if formed else C * (d_in + d_out)))
         return total
 
     def flops(self, sizes: Sizes) -> int:
-        return self.reading_flops(sizes) + 2 * 2 * sizes.num_heads * sizes.width() * sizes.hidden_size
+        return self.reading_flops(sizes) + 2 * 2 * sizes.num_heads * self.widths(sizes)[1] * sizes.hidden_size
 
 
 def memories_in(mixer: MixerConfig) -> list[MemoryConfig]:
@@ -288,19 +305,16 @@ class MemoryReader(Mixer):
 
     q, k: linear, convolution, SiLU, l2 norm; v: linear, convolution, SiLU, unless `features` say otherwise; gates:
     linear and link. With several steps per token k and v have that many parts. The scan runs in fp32 whatever x is.
-    value_dim: the width of a head's value, that of its key if not given.
     """
 
-    def __init__(self, sizes: Sizes, config: MemoryConfig, value_dim: int | None = None) -> None:
+    def __init__(self, sizes: Sizes, config: MemoryConfig) -> None:
         super().__init__()
         self.hidden_size = hidden_size = sizes.hidden_size
         if reason := config.refusal(sizes):
             raise ValueError(f"MemoryReader: {reason}")
         rule, features, conv_size, num_heads = config.rule, config.features, config.conv_size, sizes.num_heads
-        head_dim = sizes.width()
-        value_dim = head_dim if value_dim is None else value_dim
-        held = value_dim + features.normalizer
-        shapes = rule.memory.shapes(head_dim, held)
+        (key_dim, value_dim), held = config.widths(sizes), config.held(sizes)
+        shapes = rule.memory.shapes(*held)
         if config.initial_scale == 0 and sum(d_in > 1 for d_in, _ in shapes.values()) > 1:
             raise ValueError(
                 f"MemoryReader: initial_scale=0 leaves a memory of {len(shapes)} weights where no gradient can move "
@@ -313,17 +327,17 @@ class MemoryReader(Mixer):
             sizes.rope_theta,
         )
         steps, activation = rule.algorithm.steps, ACTIVATIONS[features.activation]
-        self.q = Projection(hidden_size, num_heads * head_dim, conv_size, activation)
+        self.q = Projection(hidden_size, num_heads * key_dim, conv_size, activation)
         if features.keys == "projected":
-            self.k = Projection(hidden_size, num_heads * steps * head_dim, conv_size, activation)
+            self.k = Projection(hidden_size, num_heads * steps * key_dim, conv_size, activation)
         self.v = Projection(
             hidden_size, num_heads * steps * value_dim, conv_size, ACTIVATIONS[features.values]
         )
         self.paths = ("q", "k", "v") if features.keys == "projected" else ("q", "v")
-        self.gates = Gates(hidden_size, num_heads, rule, config.made(), head_dim, held)
+        self.gates = Gates(hidden_size, num_heads, rule, config.made(), *held)
         self.A0 = InitialMemory(shapes, num_heads, config.initial_scale)
-        self.outer = OuterParameters(rule.memory, num_heads, head_dim, held)
-        self.widths = head_dim, held
+        self.outer = OuterParameters(rule.memory, num_heads, *held)
+        self.widths = held
         self.keys = {name: named(name) for name, _ in self.gates.outputs}
         for name in self.paths:
             getattr(self, name).reset_parameters()
@@ -440,14 +454,15 @@ class MemoryOptions(TypedDict, total=False):
     conv_size: int
     initial_scale: float
     features: Features
+    key_dim: int | None
+    value_dim: int | None
 
 
 class MemoryLayer(Mixer):
     """A memory as a drop-in sequence layer (Titans' LMM): out(norm(read) * silu(gate(x))).
 
-    hidden_size, num_heads; `rule` its choices; `head_dim` the key width (default hidden_size / num_heads),
-    `value_dim` the value width (default head_dim); `rope_theta` the base of rotary positions where `features` have
-    them; gates, conv_size, initial_scale and features as those of `MemoryConfig`.
+    hidden_size, num_heads; `rule` its choices; `head_dim` the width of a head (default hidden_size / num_heads);
+    `rope_theta` the base of rotary positions where `features` have them; all others as those of `MemoryConfig`.
     """
 
     def __init__(
@@ -457,7 +472,6 @@ class MemoryLayer(Mixer):
         rule: Rule = TITANS_RULE,
         *,
         head_dim: int | None = None,
-        value_dim: int | None = None,
         rope_theta: float = 10_000.0,
         norm_eps: float = 1e-6,
         **memory: Unpack[MemoryOptions],
@@ -465,8 +479,9 @@ class MemoryLayer(Mixer):
         super().__init__()
         sizes = Sizes(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, rope_theta=rope_theta)
         self.hidden_size = hidden_size
-        self.reader = MemoryReader(sizes, MemoryConfig(rule=rule, **memory), value_dim)
-        value_dim = sizes.width() if value_dim is None else value_dim
+        config = MemoryConfig(rule=rule, **memory)
+        self.reader = MemoryReader(sizes, config)
+        value_dim = config.widths(sizes)[1]
         self.norm = RMSNorm(value_dim, eps=norm_eps)
         self.gate = nn.Linear(hidden_size, num_heads * value_dim, bias=False)
         self.out = nn.Linear(num_heads * value_dim, hidden_size, bias=False)

@@ -51,6 +51,15 @@ class MAGConfig(MixerConfig):
     def build(self, sizes: Sizes) -> "MemoryAsGate":
         return MemoryAsGate(sizes, self)
 
+    def refusal(self, sizes: Sizes) -> str | None:
+        value_dim = self.memory.widths(sizes)[1]
+        if value_dim != sizes.width():
+            return (
+                f"memory as gate multiplies the memory's read with the attention's, whose heads are {sizes.width()} "
+                f"wide; leave out value_dim, got {value_dim}"
+            )
+        return super().refusal(sizes)
+
     def flops(self, sizes: Sizes) -> int:
         out = 2 * sizes.num_heads * sizes.width() * sizes.hidden_size
         return self.attention.reading_flops(sizes) + self.memory.reading_flops(sizes) + out
@@ -202,7 +211,7 @@ class MACConfig(MixerConfig):
         return self.segment_size
 
     def refusal(self, sizes: Sizes) -> str | None:
-        return rotary_refusal(sizes) or super().refusal(sizes)
+        return rotary_refusal(sizes.width()) or super().refusal(sizes)
 
     def words(self) -> list[str]:
         return [
@@ -216,12 +225,13 @@ class MACConfig(MixerConfig):
     def flops(self, sizes: Sizes) -> int:
         """A segment read whole has two keys for each of its tokens."""
         D, H, width = sizes.hidden_size, sizes.num_heads, sizes.width()
-        out = 2 * H * width * D
+        d_key, d_value = self.memory.widths(sizes)
+        out, read = 2 * H * width * D, 2 * H * d_value * D
         # The memory tokens' query and read, and keys and values made from them.
-        shapes = self.memory.rule.memory.shapes(width, width + self.memory.features.normalizer)
-        recall = 2 * H * (D * width + sum(d_in * d_out for d_in, d_out in shapes.values())) + 2 * out
+        shapes = self.memory.rule.memory.shapes(*self.memory.held(sizes))
+        recall = 2 * H * (D * d_key + sum(d_in * d_out for d_in, d_out in shapes.values())) + 2 * out
         inner = self.attention().reading_flops(sizes) + self.memory.reading_flops(sizes)
-        return inner + recall + 3 * out + 2 * D * D
+        return inner + recall + out + 2 * read + 2 * D * D
 
 
 class MemoryAsContext(Mixer):
@@ -246,7 +256,7 @@ class MemoryAsContext(Mixer):
         self.segment_size, self.pool = config.segment_size, config.pool
         self.attention = AttentionReader(sizes, config.attention(), keys_per_token=2)
         self.memory = MemoryReader(sizes, config.memory)
-        self.read = nn.Linear(width, hidden_size, bias=False)
+        self.read = nn.Linear(sizes.num_heads * config.memory.widths(sizes)[1], hidden_size, bias=False)
         self.attended = nn.Linear(width, hidden_size, bias=False)
         self.norm_context, self.norm_gate = RMSNorm(hidden_size, eps=eps), RMSNorm(hidden_size, eps=eps)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)

@@ -25,6 +25,10 @@ class ModelOptions:
     pool: int | None = None
     """Tokens of a segment that share one memory token (mac)."""
     num_persistent: int | None = None
+    key_dim: int | None = None
+    """Width of a memory's keys in each head; that of the head without it."""
+    value_dim: int | None = None
+    """Width of a memory's values in each head; that of the head without it."""
     pattern: tuple[str, ...] | None = None
     """Mixers of the layers, repeated: attention, memory, mac, mag, mal."""
     tie_word_embeddings: bool | None = None
