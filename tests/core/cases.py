@@ -4,8 +4,10 @@ import itertools
 import random
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -183,6 +185,8 @@ WINDOWED = drawn(0, 12, (Schedule(),), WINDOWS) + tuple(
 WIDE = covering(seed=0) + drawn(0, 16, SCHEDULES, GATHERING) + WINDOWED
 """Every pair of choices over four axes and the chunk size, in some rule; every schedule and window with some."""
 RULES = CLASSIC + RETURNING + WIDE
+SPARED = frozenset(CLASSIC) - frozenset(CLASSIC[::3])
+"""Slow tests alone take these; the others have every choice of three axes together."""
 LENGTHS = {1: 5, 3: 11, 16: 53, 64: 141}
 
 
@@ -190,6 +194,11 @@ def name(rule: Rule) -> str:
     parts = [rule.memory, rule.bias, rule.retention, rule.algorithm, rule.chunk_size]
     text = "-".join(map(str, parts + [rule.schedule] * (rule.schedule != Schedule()))).replace(" ", "")
     return re.sub(r"<[^>]*>", "f", text)  # a function's address differs from process to process
+
+
+def each(rules: Iterable[Rule]) -> list[Any]:
+    """Parameters of a test that every rule takes."""
+    return [pytest.param(r, id=name(r), marks=[pytest.mark.slow] * (r in SPARED)) for r in rules]
 
 
 class Problem:

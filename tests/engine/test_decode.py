@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import miras
-from cases import RULES, Problem, by_way, name, same
+from cases import RULES, Problem, by_way, each, name, same
 from miras.core.algorithm import GradientDescent
 from miras.core.memory import MLP, GatedMLP, Matrix
 from miras.core.observe import observe
@@ -85,7 +85,7 @@ def check(problem: Problem) -> None:
     assert all(x.is_contiguous() for x in after.A.values())
 
 
-@pytest.mark.parametrize("rule", TAKEN, ids=name)
+@pytest.mark.parametrize("rule", each(TAKEN))
 def test_decoding_is_the_recurrence(rule):
     check(Problem(rule, seed=TAKEN.index(rule), T=2 + T))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import RULES, Problem, by_way, name, number_of_ways, same, second_derivatives
+from cases import RULES, Problem, by_way, each, name, number_of_ways, same, second_derivatives
 from miras.core.bias import Huber
 from miras.core.memory import MLP
 from miras.core.observe import observe
@@ -15,7 +15,7 @@ from miras.engine import chunks, scan
 SMALL = [rule for rule in RULES if rule.chunk_size in (3, 16)]
 
 
-@pytest.mark.parametrize("rule", RULES, ids=name)
+@pytest.mark.parametrize("rule", each(RULES))
 def test_every_way_is_the_recurrence(rule):
     problem = Problem(rule, seed=RULES.index(rule))
     y, state = problem.run(recurrence, [slice(0, problem.T)])
@@ -26,7 +26,7 @@ def test_every_way_is_the_recurrence(rule):
         same(problem.gradients(fast_y, fast_state), wanted)
 
 
-@pytest.mark.parametrize("rule", SMALL, ids=name)
+@pytest.mark.parametrize("rule", each(SMALL))
 def test_recomputing_groups_changes_nothing(rule, monkeypatch):
     problem = Problem(rule, seed=RULES.index(rule) + 1000)
     y, state = problem.run(scan, [slice(0, problem.T)])
@@ -37,7 +37,7 @@ def test_recomputing_groups_changes_nothing(rule, monkeypatch):
     same(problem.gradients(y2, state2), expected)
 
 
-@pytest.mark.parametrize("rule", SMALL, ids=name)
+@pytest.mark.parametrize("rule", each(SMALL))
 def test_values_and_gradients_with_gates_at_exactly_0_and_1(rule):
     problem = Problem(rule, seed=RULES.index(rule) + 2000)
     # Where a norm divides, everything forgotten is 0 / 0 in the paper's formula: stay away from it.
@@ -54,7 +54,7 @@ def test_values_and_gradients_with_gates_at_exactly_0_and_1(rule):
 
 
 @pytest.mark.parametrize("function", [scan, recurrence])
-@pytest.mark.parametrize("rule", SMALL, ids=name)
+@pytest.mark.parametrize("rule", each(SMALL))
 def test_no_token_sees_a_later_one(rule, function):
     problem = Problem(rule, seed=RULES.index(rule) + 3000, T=13)
     problem.masks["valid"] = problem.masks["write"] = None
