@@ -16,8 +16,8 @@ from miras.nn.part import MixerConfig, Sizes, check_sizes
 class AttentionConfig(MixerConfig):
     """Multi-head causal attention with rotary positions: an `AttentionLayer`.
 
-    window_size: tokens of a sliding window, None for full attention; num_persistent: learned keys and values per head
-    that every token sees.
+    window_size: tokens of a sliding window, None for full attention; num_persistent: learned keys
+    and values per head that every token sees.
     """
 
     name: ClassVar[str] = "attention"
@@ -36,9 +36,9 @@ class AttentionConfig(MixerConfig):
         )
 
     def reading_flops(self, sizes: Sizes) -> int:
-        """Those of an `AttentionReader`: a window of w tokens costs 4 w D per head, over the 2 w keys of a block.
+        """FLOPs of an `AttentionReader`: a window of w tokens costs 4 w D per head.
 
-        The cache of full attention is left out.
+        The cached keys of full attention are not counted.
         """
         inside = sizes.num_heads * sizes.width()
         keys = 2 * (self.window_size or 0) + self.num_persistent
@@ -67,10 +67,11 @@ def rotary_refusal(width: int) -> str | None:
 
 
 class AttentionReader(Mixer):
-    """From x (B, T, hidden) to the attention's answer (B, T, H * D), before an output projection.
+    """From x (B, T, hidden) to the attention's output (B, T, H * D), before an output projection.
 
-    `window_size` None is full attention. `num_persistent` learned keys and values per head are seen by every
-    token and have no position (Titans 4, eq. 19). `keys_per_token` 2: every token brings one more into its context.
+    `window_size` None is full attention. `num_persistent` learned keys and values per head are seen
+    by every token and have no position (Titans 4, eq. 19). With `keys_per_token` 2 every token adds
+    one more key to its context.
     """
 
     def __init__(self, sizes: Sizes, config: AttentionConfig, keys_per_token: int = 1) -> None:
@@ -106,9 +107,10 @@ class AttentionReader(Mixer):
         reset: Tensor | None,
         there: Tensor | None = None,
     ) -> tuple[Tensor, Window]:
-        """Queries from x (B, T, hidden), keys and values from context (B, m T, hidden), m of them for each token.
+        """Queries from x (B, T, hidden), keys and values from context (B, m T, hidden), m of them
+        for each token.
 
-        `there` (B, m T) bool leaves some of the context out.
+        `there` (B, m T) bool masks out parts of the context.
         """
         places = (self.window_size or 0) * self.keys_per_token
         if self.window_size is not None and state.k.shape[2] not in (

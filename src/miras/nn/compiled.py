@@ -1,4 +1,4 @@
-"""Decoding as one compiled graph, where nothing but arithmetic happens: inside chunks and segments."""
+"""Decoding as one compiled graph, for tokens inside chunks and segments."""
 
 import weakref
 from typing import Any
@@ -12,13 +12,14 @@ from miras.nn.lm import LM, LMState, instead_of
 
 
 class Compiled:
-    """A model's call, (tokens, state) -> (logits, state), that runs single tokens as one graph of `torch.compile`.
+    """A model whose call, (tokens, state) -> (logits, state), runs single tokens as one graph of
+    `torch.compile`.
 
-    The graph reads one token of each row under `torch.no_grad()`. Calls of another kind, a token that begins a
-    segment or ends a chunk, and memories whose step needs an inner derivative go to the model as it is; the numbers
-    are the same but for rounding. The first token takes as long as compiling does. `options` are those of
-    `torch.compile`. Change the model (adapters, its type, its device) before. Raises ValueError as the model does,
-    and OSError where torch cannot compile.
+    The graph reads one token of each row under `torch.no_grad()`. Other calls, tokens that begin a
+    segment or end a chunk, and memories whose step needs autograd run uncompiled; results are the
+    same except for rounding. The first token waits for compilation. `options` are those of
+    `torch.compile`. Change the model (adapters, dtype, device) before. Raises ValueError like the
+    model, and OSError if torch cannot compile.
     """
 
     def __init__(self, model: LM, **options: Any) -> None:
@@ -28,14 +29,15 @@ class Compiled:
             )
         self.model = model
         from torch._dynamo import (
-            exc,  # here, because it takes seconds, which commands that compile nothing need not
+            exc,  # here, because the import takes seconds that other commands do not need
         )
 
         self._exc = exc
         self._step = torch.compile(model.one_token, fullgraph=True, **options)
-        # A place that stands for all where no segment begins and no chunk ends: with each one's own, each is a graph.
+        # One position represents all at which no segment begins and no chunk ends; otherwise each
+        # would get its own graph.
         self._place = next((at for at in range(LARGEST) if self._one_graph([at])), None)
-        self._made: weakref.ref[Any] | None = None  # saves looking at a hundred tensors for each token
+        self._made: weakref.ref[Any] | None = None  # saves checking a hundred tensors per token
 
     def __call__(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
         place = None if state is None else self._fitting(tokens, state)
@@ -46,7 +48,8 @@ class Compiled:
         )
         try:
             logits, layers = self._step(tokens, layers, self._place)
-        except self._exc.FailOnRecompileLimitHit:  # so many other models and sizes were compiled before
+        # because so many other models and sizes were compiled before
+        except self._exc.FailOnRecompileLimitHit:
             return self.model(tokens, state)
         except self._exc.TorchDynamoException as error:
             reason = " ".join(str(error).split("\n")[:2])
@@ -57,12 +60,13 @@ class Compiled:
         return logits, LMState(layers, state.tokens + 1, place=moved)
 
     def _is_own(self, state: LMState) -> bool:
-        """Whether the graph made this state and can take it; at chunks of one some tensors are in it twice."""
+        """Whether the graph made this state and can take it; with chunk_size 1 some tensors are in
+        it twice."""
         own = self._made is not None and self._made() is state.layers[0]
         return own and all(memory.stride() > 1 for memory in self.model.config.memories())
 
     def _fitting(self, tokens: Tensor, state: LMState) -> list[int] | None:
-        """Where the rows stand, if this call is one for the graph."""
+        """The positions of the rows, if this call can use the graph."""
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or observing() is not None:
             return None
         self.model.model.check(tokens, state)
@@ -77,9 +81,10 @@ class Compiled:
 
 CPU = torch.device("cpu")
 LARGEST = 1 << 16
-"""Places that are tried for one where a token is a single graph."""
+"""Positions tried to find one at which a token is a single graph."""
 
 
 def _plain(x: Tensor) -> Tensor:
-    """The same numbers as another tensor of the strides that a new one has: a graph is made for those that it met."""
+    """A copy with the strides of a new tensor: a graph is specialised on the strides it was
+    compiled for."""
     return x.detach().reshape(-1).view(x.shape)

@@ -1,4 +1,4 @@
-"""Settings of a memory from texts, as a command line or a file of options gives them."""
+"""Settings of a memory from strings, as given on the command line or in a config file."""
 
 import dataclasses
 import types
@@ -14,10 +14,12 @@ from miras.store.words import folded, kebab, nearest
 
 
 def composed(config: ModelConfig, texts: Mapping[str, str], trusted: bool = False) -> dict[str, Any]:
-    """Overrides for `miras.zoo.override` from {"memory": "mlp", "memory.depth": "3", "gates.lr.bias": "-1.5"}.
+    """Overrides for `miras.zoo.override` from {"memory": "mlp", "memory.depth": "3",
+    "gates.lr.bias": "-1.5"}.
 
-    What they do not name is as the config's first memory has it; a choice of another class begins at its defaults.
-    `trusted` allows it to import and run choices that it names by import path. Raises ValueError for what is unknown.
+    Everything else is as in the config's first memory; a choice of another class starts from its
+    defaults. `trusted` allows importing and running choices named by import path. Raises ValueError
+    for unknown names.
     """
     memory = next(iter(config.memories()), MemoryConfig())
     found: dict[str, Any] = {}
@@ -47,7 +49,7 @@ def _under(texts: Mapping[str, str], head: str) -> dict[str, str]:
 
 
 def _kind(axis: str, base: type, name: str, trusted: bool) -> type:
-    """The class that a text names, whatever its case and hyphens, or by its import path."""
+    """The class that a string names, ignoring case and hyphens, or by its import path."""
     known = {folded(each): kind for each, kind in KINDS[base].items()}
     if folded(name) in known:
         return known[folded(name)]
@@ -61,7 +63,7 @@ def _kind(axis: str, base: type, name: str, trusted: bool) -> type:
 
 
 def _made(flag: str, kind: Any, old: Any, texts: Mapping[str, str], trusted: bool) -> Any:
-    """A choice with fields from texts, the others as `old` has them, or their defaults."""
+    """A choice with fields from strings; the others are those of `old` or their defaults."""
     hints = hints_of(kind)
     values: dict[str, Any] = {}
     for name, text in texts.items():
@@ -91,7 +93,7 @@ _KINDS: dict[Any, tuple[str, Callable[[str], Any]]] = {
 
 
 def _value(flag: str, kind: Any, text: str, trusted: bool) -> Any:
-    """A text as its field's type."""
+    """A string as its field's type."""
     if isinstance(kind, types.UnionType):
         if text.lower() == "none":
             return None

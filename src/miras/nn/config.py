@@ -1,4 +1,4 @@
-"""What a model is made of, as one frozen value that can be written to `config.json` and read back."""
+"""The config of a model: one frozen value that can be written to `config.json` and read back."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from miras.nn.plain import KINDS, fields, hints_of, made, read
 from miras.store.words import nearest
 
 FORMAT_VERSION = 2
-"""Version of the dictionaries that `ModelConfig.to_dict` writes; older ones stay readable."""
+"""Format version of `ModelConfig.to_dict`; older ones stay readable."""
 
 AXES: dict[str, type] = {name: kind for name, kind in hints_of(Rule).items() if kind in KINDS}
 """The choices of a rule, by the names of its fields."""
@@ -22,11 +22,12 @@ AXES: dict[str, type] = {name: kind for name, kind in hints_of(Rule).items() if 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Sizes):
-    """A language model of pre-norm blocks, each a token mixer and an MLP.
+    """A language model of pre-norm residual blocks, each a token mixer and an MLP.
 
-    pattern: the mixers of the layers, repeated to num_hidden_layers: `AttentionConfig`, `MemoryConfig`, `MACConfig`,
-    `MAGConfig`, `MALConfig` (memory as context, as gate, as layer), or one's own. mlp: what follows them, None for
-    nothing. The other fields as those of `Sizes`. Raises ValueError for sizes that do not fit.
+    pattern: the mixers of the layers, repeated to num_hidden_layers: `AttentionConfig`,
+    `MemoryConfig`, `MACConfig`, `MAGConfig`, `MALConfig` (memory as context, as gate, as layer), or
+    your own. mlp: the MLP after each mixer, or None. The other fields are those of `Sizes`. Raises
+    ValueError for sizes that do not fit.
     """
 
     vocab_size: int = 256
@@ -35,8 +36,8 @@ class ModelConfig(Sizes):
     mlp: MLPConfig | None = SwiGLUConfig()
     tie_word_embeddings: bool = False
     source: Mapping[str, Any] | None = field(default=None, init=False, repr=False, compare=False)
-    """The dictionary of an earlier format that it was read from. `to_dict` gives it back, so that the hash that names
-    the model in its states stays."""
+    """The dictionary of an earlier format that it was read from. `to_dict` returns it, so that the
+    model keeps the hash by which its states know it."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +58,7 @@ class ModelConfig(Sizes):
             )
 
     def mixer(self, layer: int) -> MixerConfig:
-        """A layer's mixer."""
+        """The mixer of one layer."""
         return self.pattern[layer % len(self.pattern)]
 
     def mixers(self) -> list[MixerConfig]:
@@ -73,21 +74,22 @@ class ModelConfig(Sizes):
         return 0 if self.mlp is None else self.mlp.width(self)
 
     def stride(self) -> int:
-        """Tokens after which nothing is half read in any layer."""
+        """Number of tokens after which no chunk or segment is open in any layer."""
         return math.lcm(*(each.stride() for each in self.mixers()))
 
     def grows(self) -> bool:
-        """Whether a stream's state grows with every token: some layer has attention without a window."""
+        """Whether the state grows with every token: some layer has full attention."""
         return any(each.grows() for each in self.mixers())
 
     def flops_per_token(self) -> int:
-        """Floating point operations of one token's forward pass: 2 per multiply-add of a matrix, caches left out."""
+        """FLOPs of one token's forward pass: 2 per multiply-add of matrices, not counting
+        caches."""
         mlp = 0 if self.mlp is None else self.mlp.flops(self)
         layers = sum(each.flops(self) + mlp for each in self.mixers())
         return 2 * self.hidden_size * self.vocab_size + layers
 
     def unread(self, names: Mapping[str, Any]) -> str | None:
-        """Which of these settings no part of the model has, as a reason to refuse them, or None."""
+        """The reason to refuse settings that no part of the model has, or None."""
         own = {*hints_of(ModelConfig)}.union(*(each.names() for each in self.pattern))
         for name in names:
             if name in own:
@@ -103,9 +105,10 @@ class ModelConfig(Sizes):
         return None
 
     def changed(self, values: Mapping[str, Any]) -> "ModelConfig":
-        """The config with the settings changed that some part of it has, wherever they stand.
+        """The config with settings changed, each in the parts of the model that have it.
 
-        A mixer that `pattern` names is the one that the model has, or made of what its mixers have.
+        A mixer named in `pattern` is the one that the model has, or is made with the fields of its
+        mixers.
         """
         like = [part for each in self.pattern for part in each.walk()]
         pattern: list[MixerConfig] = []
@@ -124,10 +127,11 @@ class ModelConfig(Sizes):
         return dataclasses.replace(self, **own | {"pattern": tuple(pattern)})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON; `from_dict` reads them back to an equal config.
+        """Plain values for JSON; `from_dict` reads them back to an equal config.
 
-        A choice that is not one of the library's is written by its import path, with its dataclass fields. Raises
-        ValueError where that cannot be: no dataclass, or a function without a name of its own.
+        A choice from outside the library is written by its import path and dataclass fields. Raises
+        ValueError if that is impossible: not a dataclass, or a function that cannot be imported by
+        name.
         """
         return (
             {"format_version": FORMAT_VERSION, **fields(self)} if self.source is None else dict(self.source)
@@ -137,8 +141,8 @@ class ModelConfig(Sizes):
     def from_dict(values: Mapping[str, Any], *, trust_remote_code: bool = False) -> "ModelConfig":
         """The config that `to_dict` wrote. Raises ValueError for unknown names or a newer format.
 
-        `trust_remote_code` allows it to import and run what it names by import path. Without it, choices are the
-        library's own, and functions those of `miras.nn.plain.FUNCTIONS`.
+        `trust_remote_code` allows importing and running what it names by import path. Without it
+        only the library's choices and the functions in `miras.nn.plain.FUNCTIONS` are allowed.
         """
         plain = dict(values)
         version = plain.pop("format_version", None)
@@ -149,7 +153,8 @@ class ModelConfig(Sizes):
             )
         if version == FORMAT_VERSION:
             return made(ModelConfig, plain, trust_remote_code)
-        # Format 1 had the settings of all mixers side by side, for all layers alike, whether one read them or not.
+        # Format 1 had the settings of all mixers side by side, the same for all layers, used or
+        # not.
         if unknown := sorted(set(plain) - set(KNOWN)):
             raise ValueError(
                 f"ModelConfig: unknown fields {', '.join(unknown)}; known are {', '.join(KNOWN)}"

@@ -1,4 +1,5 @@
-"""Models on disk: Hugging Face folders with `config.json` and `model.safetensors`, written atomically."""
+"""Models on disk: Hugging Face folders with `config.json` and `model.safetensors`, written
+atomically."""
 
 import hashlib
 import json
@@ -38,7 +39,8 @@ except ImportError as error:
 __all__ = ["MirasConfig", "MirasForCausalLM", "MirasForSequenceClassification", "MirasModel"]
 '''
 }
-"""The module beside every model, for tools that import no `miras` and load with `trust_remote_code=True`."""
+"""The module saved beside every model, for tools that do not import `miras` and load with
+`trust_remote_code=True`."""
 
 AUTO_MAP = {
     "AutoConfig": "modeling_miras.MirasConfig",
@@ -50,10 +52,11 @@ AUTO_MAP = {
 
 
 def save_model(model: LM, folder: str | Path, extra: dict[str, bytes] | None = None) -> Path:
-    """Write a model as a folder, whole or not at all; `extra` files go beside it. An older folder is replaced.
+    """Write a model as a folder, atomically, with `extra` files beside it. An older folder is
+    replaced.
 
-    Raises ValueError when the target exists and does not hold a model, and OSError naming it when it cannot
-    be written; what was there is then there still.
+    Raises ValueError if the target exists and is not a model folder, and OSError, naming it, if it
+    cannot be written; an older folder then remains.
     """
     return write_folder(Path(folder), model_files(model) | (extra or {}))
 
@@ -71,9 +74,9 @@ def model_files(model: LM) -> dict[str, bytes]:
 
 
 def _saved(tensors: dict[str, Tensor]) -> bytes:
-    """A safetensors file that tells its checksum, the same bytes for the same tensors.
+    """A safetensors file with its checksum in the metadata; the same tensors give the same bytes.
 
-    safetensors writes what is told beside the tensors in any order: here it is sorted, in the room that it has.
+    safetensors writes metadata in arbitrary order; here it is sorted, in the same space.
     """
     data = save(tensors, metadata={"format": "pt", "sha256": _digest(tensors)})
     size = int.from_bytes(data[:8], "little")
@@ -84,7 +87,7 @@ def _saved(tensors: dict[str, Tensor]) -> bytes:
 
 
 def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
-    """Write a folder of files, whole or not at all, in place of an older model's; as `save_model` raises."""
+    """Write a folder of files atomically, replacing an older model; raises like `save_model`."""
     with naming(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
             raise ValueError(f"{folder} exists and is not a model folder; choose another folder or empty it")
@@ -93,9 +96,11 @@ def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
-    """The model of a folder. Raises FileNotFoundError or ValueError naming what is missing or does not fit.
+    """Load the model in a folder. Raises FileNotFoundError or ValueError, naming what is missing or
+    does not fit.
 
-    `trust_remote_code` allows its config to name classes and functions outside miras, which are imported and run.
+    `trust_remote_code` allows the config to name classes and functions outside miras, which are
+    imported and run.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -110,12 +115,12 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
         held = " and ".join(map(str, kinds)) if isinstance(kinds, list) else kinds
         raise ValueError(f"{folder} holds a {held}, not a language model ({ARCHITECTURE})")
     file = folder / "model.safetensors"
-    file.open("rb").close()  # safetensors takes a file that may not be read for none
+    file.open("rb").close()  # safetensors reports an unreadable file as missing
     try:
         with safe_open(file, "pt") as opened:
             told = opened.metadata() or {}
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-            # Sizes are believed only when the file has them: nothing is made before.
+            # Sizes are trusted only if the file has them: nothing is allocated before.
             if config.num_hidden_layers > len(shapes):
                 raise ValueError(
                     f"{folder}: the weights do not fit config.json: it has {config.num_hidden_layers} layers, "
@@ -126,7 +131,7 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
         stored = load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt or cut off: {error}") from error
-    if "sha256" in told and _digest(stored) != told["sha256"]:  # what others wrote has none
+    if "sha256" in told and _digest(stored) != told["sha256"]:  # files from other tools have none
         raise ValueError(
             f"{file} is corrupt: its checksum differs: a byte has changed since it was saved (a tool that changes "
             f"weights must not keep the `sha256` of the metadata)"
@@ -137,7 +142,7 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
 
 
 def _check_shapes(folder: Path, model: LM, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Raise ValueError when a file's tensors are not those of a model."""
+    """Raise ValueError unless a file's tensors are those of a model."""
     expected = {name: tuple(x.shape) for name, x in weights(model).items()}
     wrong = [n for n in expected if shapes.get(n) != expected[n]]
     if wrong or len(shapes) != len(expected):
@@ -149,7 +154,8 @@ def _check_shapes(folder: Path, model: LM, shapes: dict[str, tuple[int, ...]]) -
 
 
 def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> ModelConfig:
-    """The config of a model folder. Raises FileNotFoundError or ValueError when `config.json` is none of ours."""
+    """The config of a model folder. Raises FileNotFoundError, or ValueError if `config.json` is not
+    ours."""
     path = Path(folder) / "config.json"
     try:
         data = read_checked(path)
@@ -170,7 +176,7 @@ def read_config(folder: str | Path, *, trust_remote_code: bool = False) -> Model
 
 
 def weights(model: LM) -> dict[str, Tensor]:
-    """The tensors that a model's file holds; tied ones once."""
+    """The tensors in a model's file; tied ones once."""
     found = {n: x.detach().contiguous() for n, x in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del found["lm_head.weight"]
@@ -178,12 +184,13 @@ def weights(model: LM) -> dict[str, Tensor]:
 
 
 def model_hash(model: LM) -> str:
-    """16 hexadecimal digits that name a model: config and weights, independent of where they are."""
+    """16 hexadecimal digits that identify a model by its config and weights, independent of its
+    path."""
     return _digest(weights(model), json.dumps(model.config.to_dict(), sort_keys=True))[:16]
 
 
 def _digest(tensors: dict[str, Tensor], before: str = "") -> str:
-    """SHA-256 of tensors' names and bytes, behind a text."""
+    """SHA-256 of a text, followed by names and bytes of tensors."""
     digest = hashlib.sha256(before.encode())
     for name, x in sorted(tensors.items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""Gates: from a layer's input to the natural values that a rule reads."""
+"""Gates: from a layer's input to the values that a rule reads."""
 
 import itertools
 import math
@@ -16,19 +16,22 @@ from miras.core.typed import Typed
 
 
 def hard(x: Tensor) -> Tensor:
-    """A sigmoid that reaches both ends, clamp(1.1 sigmoid(x) - 0.05, 0, 1): exactly 0 below -3.05, 1 above 3.05."""
+    """A sigmoid that reaches both ends, clamp(1.1 sigmoid(x) - 0.05, 0, 1): exactly 0 below -3.05,
+    1 above 3.05."""
     return (1.1 * torch.sigmoid(x) - 0.05).clamp(0, 1)
 
 
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x))."""
-    if torch.compiler.is_compiling():  # whose softplus has a gradient of other strides than it says
+    # because the gradient of its softplus has other strides than it claims
+    if torch.compiler.is_compiling():
         return torch.logaddexp(x, torch.zeros_like(x))
     return F.softplus(x)
 
 
 def root_sigmoid(x: Tensor) -> Tensor:
-    """1 - sigmoid(-x)^(1/16): GLA's forgetting, small unless x is large (GLA 4.4, its temperature 16)."""
+    """1 - sigmoid(-x)^(1/16): GLA's forgetting, small unless x is large (GLA 4.4, its temperature
+    16)."""
     return -torch.expm1(-softplus(x) / 16)
 
 
@@ -38,7 +41,8 @@ def capped_exp(x: Tensor) -> Tensor:
 
 
 def decay(x: Tensor, log_rate: Tensor | float = 0.0) -> Tensor:
-    """1 - exp(-rate softplus(x)): the forgetting of Mamba-2 and Gated DeltaNet, with a learned rate for each head."""
+    """1 - exp(-rate softplus(x)): the forgetting of Mamba-2 and Gated DeltaNet, with a learned rate
+    for each head."""
     rate = log_rate.exp() if isinstance(log_rate, Tensor) else math.exp(log_rate)
     return -torch.expm1(-rate * softplus(x))
 
@@ -58,18 +62,20 @@ BOUNDED = ("sigmoid", "hard", "root_sigmoid", "decay")
 
 @dataclass(frozen=True)
 class Gate(Typed):
-    """How one gate is made: scale * link(x W + b), with b = bias + step h at first for head h.
+    """How a gate is computed: scale * link(x W + b), with b = bias + step * h initially for head h.
 
-    link: "sigmoid", "softplus", "hard" (exactly 0 and 1 are reached), "root_sigmoid" (GLA), "exp" (mLSTM, capped),
-    "exp2" (2^x), "decay" (Mamba-2: has a learned rate per head, from 1 to 16 at first). spread: each head's b is
-    drawn from there to there + spread. per_weight: each weight of the memory has its own (Titans, NeurIPS version,
-    appendices B.3 and F). channels: one value per token and head, or one for each "input" or "output" channel of a
-    weight, of a bias gate for each value channel; x W is then of low rank, through `rank` numbers that the heads
-    share (MIRAS 7.1), or full for rank 0. source: "token", made from x; "constant", x W left out, so that b alone is
-    learned: the input-independent control; "fixed", b is no parameter either. follows: the gate whose x W + b this
-    one takes, in place of its own (Mamba-2: forget follows lr).
+    link: "sigmoid", "softplus", "hard" (exactly 0 and 1 are reached), "root_sigmoid" (GLA), "exp"
+    (mLSTM, capped), "exp2" (2^x), "decay" (Mamba-2: with a learned rate per head, initially 1 to
+    16). spread: each head's b is drawn between b and b + spread. per_weight: each weight of the
+    memory has its own gate (Titans, NeurIPS version, appendices B.3 and F). channels: None for one
+    value per token and head, or one value for each "input" or "output" channel of a weight (for a
+    gate of the bias: each value channel); x W then has low rank, through `rank` numbers that the
+    heads share (MIRAS 7.1), or is a full projection for rank 0. source: "token", computed from x;
+    "constant", without x W, so that only b is learned: the input-independent control; "fixed", b is
+    not learned either. follows: the gate whose x W + b this one uses instead of its own (Mamba-2:
+    forget follows lr).
 
-    Raises ValueError for an unknown choice, a scale that is not positive, and what does not go together.
+    Raises ValueError for an unknown choice, a scale that is not positive, and incompatible fields.
     """
 
     link: str = "sigmoid"
@@ -112,11 +118,11 @@ class Gate(Typed):
             )
 
     def first(self, num_heads: int) -> list[float]:
-        """The bias of every head at first, without what `spread` adds."""
+        """The initial bias of every head, without `spread`."""
         return [self.bias + self.step * h for h in range(num_heads)]
 
     def largest(self, num_heads: int) -> float:
-        """The largest value that it can have; inf where there is none."""
+        """The largest value that it can have; inf if unbounded."""
         if self.source == "fixed":
             values = LINKS[self.link](torch.tensor(self.first(num_heads), dtype=torch.float64, device="cpu"))
             return self.scale * float(values.max())
@@ -124,14 +130,14 @@ class Gate(Typed):
 
 
 NEVER = Gate("hard", bias=-9.0, source="fixed")
-"""Exactly 0 for every token: a step that is not taken, nothing forgotten."""
+"""Exactly 0 for every token: no step, no forgetting."""
 
 ALWAYS = Gate("exp2", source="fixed")
 """Exactly 1 for every token, such as the step of linear attention."""
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    """Where x keeps its type whatever autocast is on; nothing at all where none is."""
+    """A context without autocast for the device of x; does nothing if autocast is off."""
     kind = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(kind):
         return nullcontext()
@@ -142,13 +148,14 @@ SHORT = (torch.float16, torch.bfloat16)
 
 
 def precise() -> torch.dtype:
-    """The type in which parameters of a `Precise` module are made: torch's default, or fp32 where that is short."""
+    """The dtype of parameters of a `Precise` module: torch's default, or fp32 if that is
+    shorter."""
     kind = torch.get_default_dtype()
     return torch.float32 if kind in SHORT else kind
 
 
 class Precise(nn.Module):
-    """A module whose parameters stay in fp32 when the model around it is cast to a shorter type."""
+    """A module whose parameters stay in fp32 when the model is cast to a shorter dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Precise":
         def keep(x: Tensor) -> Tensor:
@@ -159,9 +166,10 @@ class Precise(nn.Module):
 
 
 class Output(NamedTuple):
-    """One gate of a layer: its name as a rule knows it, how it is made, and the numbers it has per token and head.
+    """One gate of a layer: its name in the rule, how it is computed, and its number of values per
+    token and head.
 
-    `channels` is the gate's own or, where it follows another, that one's.
+    `channels` is its own or, if it follows another gate, that gate's.
     """
 
     name: str
@@ -171,7 +179,7 @@ class Output(NamedTuple):
 
 
 def unread(rule: Rule, gates: Mapping[str, Gate]) -> str | None:
-    """Which of these gates a rule does not read, as a reason to refuse them, or None."""
+    """The reason to refuse gates that a rule does not read, or None."""
     read = rule.gates()
     own = [name for name in read if name not in pair_gates(rule)]
     known = {*read, *(f"{name}.{n}" for name in own for n in rule.memory.shapes(2, 2))}
@@ -184,12 +192,13 @@ def unread(rule: Rule, gates: Mapping[str, Gate]) -> str | None:
 
 
 def forget_refusal(rule: Rule, gates: Mapping[str, Gate]) -> str | None:
-    """Why a channel-wise forget gate has no meaning with the rule's retention, or None.
+    """Why a channel-wise forget gate is not supported with the rule's retention, or None.
 
-    Where weights share a simplex, A_t = (1 - forget_t) A_{t-1} + step_t is the log-domain form of forgetting only if
-    `forget` is the same for all of them (MIRAS eq. 27).
+    If weights share a simplex, A_t = (1 - forget_t) A_{t-1} + step_t is the log-domain form of
+    forgetting only if `forget` is the same for all of them (MIRAS eq. 27).
     """
-    # Equal widths suit every memory, and which channels are single ones does not depend on them.
+    # Equal widths are valid for every memory, and which channels are single ones does not depend on
+    # them.
     shapes = rule.memory.shapes(2, 2)
     for name, gate in gates.items():
         base, _, weight = name.partition(".")
@@ -208,9 +217,11 @@ def forget_refusal(rule: Rule, gates: Mapping[str, Gate]) -> str | None:
 
 
 def gate_outputs(rule: Rule, gates: Mapping[str, Gate], d_key: int, d_value: int) -> list[Output]:
-    """Every gate that a layer has for a rule; `name.weight` in `gates` is for one weight of the memory.
+    """The gates that a layer has for a rule; `name.weight` in `gates` is for one weight of the
+    memory.
 
-    Raises ValueError for a gate that is missing, channels that the weights do not share or the retention forbids.
+    Raises ValueError for a missing gate, and for channels that the weights do not share or the
+    retention forbids.
     """
     missing = [name for name in rule.gates() if name not in gates]
     if missing:
@@ -270,9 +281,9 @@ def gate_outputs(rule: Rule, gates: Mapping[str, Gate], d_key: int, d_value: int
 class Gates(Precise):
     """All gates that a rule reads, from x (B, T, hidden) to {name or name.weight: values}, in fp32.
 
-    Values are (B, H, T), with several steps per token (B, H, T, steps) for lr, and where they are channel-wise
-    (B, H, T, d_in, 1) or (B, H, T, 1, d_out). `lr` is multiplied by 1 - (the largest momentum), so that momentum
-    does not add up to longer steps: a step of lr decays over 1 / (1 - momentum) tokens.
+    Values are (B, H, T); lr with several steps per token (B, H, T, steps); channel-wise (B, H, T,
+    d_in, 1) or (B, H, T, 1, d_out). `lr` is multiplied by 1 - (the largest momentum), so that
+    momentum does not lengthen the total step: a step of lr decays over 1 / (1 - momentum) tokens.
     """
 
     def __init__(
@@ -308,7 +319,8 @@ class Gates(Precise):
         self.sizes = [num_heads * sum(o.width for o in group) for group in self.together]
 
     def reset_parameters(self, std: float) -> None:
-        """Small weights, so that x W has entries of about std * sqrt(hidden), and the biases that the gates name."""
+        """Small weights, so that x W has entries of about std * sqrt(hidden), and the biases that
+        the gates name."""
         with torch.no_grad():
             if self.proj is not None:
                 nn.init.normal_(self.proj.weight, std=std)
@@ -323,19 +335,21 @@ class Gates(Precise):
                 rate.uniform_(1, 16).log_()
 
     def reset_fixed(self) -> None:
-        """The gates that are no parameters again, where memory for them was taken without their values."""
+        """Recompute the gates that are not parameters, after the module was allocated without
+        values."""
         for i, o in enumerate(self.fixed):
             getattr(self, f"fixed{i}").copy_(self._first(o))
 
     def _first(self, o: Output) -> Tensor:
-        """The first biases of one gate, (H, width)."""
+        """The initial biases of one gate, (H, width)."""
         by_head = torch.tensor(o.gate.first(self.num_heads), dtype=precise())
         if o.gate.spread:
             by_head = by_head + o.gate.spread * torch.rand(self.num_heads, dtype=precise())
         return by_head[:, None].expand(self.num_heads, o.width)
 
     def _inputs(self, x: Tensor) -> dict[str, Tensor]:
-        """x W + b of every group that has its own, by its first gate's name.
+        """x W + b of every group of gates with a projection of its own, by the name of its first
+        gate.
 
         (B, H, T, width), and (G, B, H, T, width) for a group of G > 1 gates.
         """
@@ -373,7 +387,7 @@ class Gates(Precise):
         return values
 
     def dtype(self) -> torch.dtype:
-        """The type that gates are made in."""
+        """The dtype in which gates are computed."""
         if self.proj is not None:
             return self.proj.weight.dtype
         found = next(self.parameters(), None)
@@ -382,7 +396,8 @@ class Gates(Precise):
 
 
 class ChannelGate(nn.Module):
-    """x W + b of a channel-wise gate, (..., hidden) to (..., width): through `rank` numbers, or none for 0."""
+    """x W + b of a channel-wise gate, (..., hidden) to (..., width): through `rank` numbers, or
+    none for 0."""
 
     def __init__(self, hidden_size: int, width: int, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -405,24 +420,25 @@ _KINDS = ("head", "channel", "constant", "fixed", "following")
 
 
 def _base(name: str) -> str:
-    """The gate that the gate of one weight is an instance of."""
+    """The gate of the rule that the gate of one weight belongs to."""
     return name.partition(".")[0]
 
 
 def _alike(made: list[Output]) -> list[list[Output]]:
-    """The outputs in their order, those together that one projection and one link make at once."""
+    """The outputs in order, grouped by those that one projection and one link compute together."""
     followed = {o.gate.follows for o in made}
 
     def making(o: Output) -> tuple[Any, ...]:
         base = _base(o.name)
-        alone = _kind(o) != "head" or o.gate.link == "decay" or base in followed  # rates are each one's own
+        # each gate has its own rates
+        alone = _kind(o) != "head" or o.gate.link == "decay" or base in followed
         return base, o.gate, o.width, o.name if alone else None
 
     return [list(group) for _, group in itertools.groupby(made, making)]
 
 
 def _source(o: Output) -> str:
-    """The output whose x W + b this one takes."""
+    """The output whose x W + b this one uses."""
     return o.name if o.gate.follows is None else o.gate.follows + o.name.removeprefix(_base(o.name))
 
 
@@ -435,7 +451,8 @@ def _kind(o: Output) -> str:
 
 
 def _lr_factor(rule: Rule, outputs: list[Output], num_heads: int) -> float:
-    """1 - (the largest momentum). Raises ValueError where steps could add up to more than the bound allows for."""
+    """1 - (the largest momentum). Raises ValueError if steps could add up to more than the bound
+    allows."""
     most = {
         base: [o.gate.largest(num_heads) for o in outputs if _base(o.name) == base] for base in rule.gates()
     }

@@ -1,4 +1,5 @@
-"""The language model: embedding, blocks, norm, head. One call for training, prefill and decoding."""
+"""The language model: embedding, residual blocks, norm, head. One call for training, prefill and
+decoding."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,10 @@ from miras.nn.norm import RMSNorm
 
 @dataclass(frozen=True)
 class LMState(Record):
-    """Everything a stream needs to go on: each layer's state, and the tokens read so far, (B,) int64.
+    """Everything a stream needs to continue: each layer's state, and the number of tokens read,
+    (B,) int64.
 
-    place: on the host, (B,) int64 tokens read of the open document; None where only the layers know.
+    place: on the host, (B,) int64, tokens read of the open document; None if only the layers know.
     """
 
     layers: tuple[Any, ...]
@@ -50,7 +52,8 @@ def _counts(tokens: list[int]) -> str:
 
 
 class Block(nn.Module):
-    """x += mixer(norm(x)); x += mlp(norm(x)), without the second where the config has no MLP."""
+    """A residual block: x += mixer(norm(x)); x += mlp(norm(x)), the second only if the config has
+    an MLP."""
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
@@ -63,12 +66,14 @@ class Block(nn.Module):
         self.name = f"layers.{number}"
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """`torch.nn.Module.compile`, with the memory inside the graph; fullgraph=True allows no break in it."""
+        """`torch.nn.Module.compile`, with the memory inside the graph; fullgraph=True forbids graph
+        breaks."""
         graphable()
         super().compile(*args, **kwargs)
 
     def forward(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
-        # A new stream's state is made here, where the block's parameters are at hand even if they are sharded.
+        # The state of a new stream is made here, where the block's parameters are available even if
+        # sharded.
         if state is None:
             state = self.mixer.initial(len(x), x)
         else:
@@ -78,12 +83,13 @@ class Block(nn.Module):
         return x if self.mlp is None else x + self.mlp(self.mlp_norm(x)), state
 
     def outputs(self) -> list[Tensor]:
-        """The weights of the linear maps whose results are added to the residual stream."""
+        """The weights of the linear maps that write to the residual stream."""
         return [*self.mixer.outputs(), *([] if self.mlp is None else [self.mlp.get_parameter("down.weight")])]
 
 
 class Reader(nn.Module):
-    """Reads with an embedding, blocks and a last norm, which a subclass makes: tokens to hidden states."""
+    """Tokens to hidden states, by an embedding, residual blocks and a final norm, which a subclass
+    makes."""
 
     embed_tokens: nn.Embedding
     layers: nn.ModuleList
@@ -105,10 +111,11 @@ class Reader(nn.Module):
         write: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, LMState]:
-        """tokens (B, T) int64, or their embeddings (B, T, hidden) -> normed hidden states (B, T, hidden), state.
+        """tokens (B, T) int64, or their embeddings (B, T, hidden) -> normalised hidden states (B,
+        T, hidden), state.
 
-        Raises ValueError for other tokens, for ids outside the vocabulary (on a CPU, where the padding's do not
-        matter), and for a state of other rows or layers.
+        Raises ValueError for other tokens, for ids outside the vocabulary (on a CPU, ignoring
+        padding), and for a state with other rows or layers.
         """
         self.check(tokens, state)
         B, T = tokens.shape[:2]
@@ -131,7 +138,7 @@ class Reader(nn.Module):
         return made.scatter(x), LMState(layers, state.tokens + moved, place=place)
 
     def misfit(self, state: LMState) -> str | None:
-        """Where a state differs in kind from those of this model, or None."""
+        """How a state differs in structure from those of this model, or None."""
         here = self.initial(len(state.tokens))
         return misfit({"layers": state.layers}, {"layers": here.layers})
 
@@ -170,7 +177,8 @@ class Reader(nn.Module):
             )
 
     def place(self, state: LMState) -> list[int]:
-        """How many tokens each row has read of its open document, or of the longest stretch that a layer counts."""
+        """The number of tokens each row has read of its open document, or of the longest unit that
+        a layer counts."""
         if state.place is not None:
             return state.place.tolist()
         blocks = zip(self.layers, state.layers, strict=True)
@@ -178,7 +186,8 @@ class Reader(nn.Module):
         return [max(row) for row in zip(*filter(None, found), strict=True)] or [0] * len(state.tokens)
 
     def run(self, tokens: Tensor, layers: tuple[Any, ...], plan: Plan) -> tuple[Tensor, tuple[Any, ...]]:
-        """`read` of tokens in the plan's order, with the layers' states: nothing waits for a number here."""
+        """`read` with tokens in the plan's order and the states of layers; no host
+        synchronisation."""
         x = tokens if tokens.dim() == 3 else self._embedded(tokens)
         after: list[Any] = []
         for block, part in zip(self.layers, layers, strict=True):
@@ -191,7 +200,7 @@ class Reader(nn.Module):
         return all(block.mixer.one_graph(plan) for block in self.layers)  # pyright: ignore
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        try:  # on a CPU the embedding looks anyway
+        try:  # on a CPU the embedding checks anyway
             return self.embed_tokens(ids)
         except IndexError as error:
             size = self.embed_tokens.num_embeddings
@@ -211,7 +220,8 @@ class Stack(Reader):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         nn.init.normal_(self.embed_tokens.weight, std=config.hidden_size**-0.5)
-        # Residual branches add up; scaled so that the sum over the depth has the variance of one of them.
+        # Residual branches add up; this scale gives their sum over depth the variance of one
+        # branch.
         with torch.no_grad():
             for block in self.layers:
                 for weight in block.outputs():  # pyright: ignore
@@ -221,7 +231,8 @@ class Stack(Reader):
 
 
 class LM(nn.Module):
-    """A causal language model with memories that learn while it reads: (tokens, state) -> (logits, state)."""
+    """A causal language model with memories that learn while it reads: (tokens, state) -> (logits,
+    state)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -251,11 +262,12 @@ class LM(nn.Module):
         write: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, LMState]:
-        """tokens (B, T) int64 -> logits (B, T, vocab) of the next token, and the state after.
+        """tokens (B, T) int64 -> logits (B, T, vocab) for the next token, and the state afterwards.
 
-        `state=None` begins new streams; another call with the returned state continues them, wherever the cut.
-        valid, write, reset (B, T) bool: a token outside `valid` changes nothing (its logits are 0); one outside
-        `write` reads the memories without writing to them; `reset` marks the first token of a document.
+        `state=None` starts new streams; a call with the returned state continues them, wherever
+        they were cut. valid, write, reset (B, T) bool: a token outside `valid` changes nothing (its
+        logits are 0); one outside `write` reads the memories without writing to them; `reset` marks
+        the first token of a document.
         """
         x, state = self.hidden(tokens, state, valid=valid, write=write, reset=reset)
         return self.lm_head(x), state
@@ -269,20 +281,23 @@ class LM(nn.Module):
         write: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, LMState]:
-        """Like a call, but gives the normed hidden states (B, T, hidden) in place of the logits."""
+        """Like a call, but returns the normalised hidden states (B, T, hidden) instead of
+        logits."""
         return self.model(tokens, state, valid=valid, write=write, reset=reset)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile every block by itself: all of one kind share a graph, and only the first call of each is slow."""
+        """Compile every residual block by itself: blocks of one kind share a graph, and only its
+        first call is slow."""
         for block in self.model.layers:
             block.compile(*args, **kwargs)
 
     def one_token(
         self, tokens: Tensor, layers: tuple[Any, ...], place: int
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """A call for one token of each row, (B, 1), without a gradient, all rows at a place of one kind.
+        """A call for one token of each row, (B, 1), without gradients.
 
-        It is what `Compiled` compiles: `place` stands for all places where no segment begins and no chunk ends.
+        `Compiled` compiles this: `place` represents all positions at which no segment begins and no
+        chunk ends.
         """
         B = len(tokens)
         x, layers = self.model.run(tokens, layers, Plan(tokens.device, 1, (place,) * B, (1,) * B, ((),) * B))
@@ -293,16 +308,18 @@ class LM(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def state_bytes(self) -> int:
-        """Bytes of one stream's state before its first token (full attention grows from there)."""
+        """Bytes of one stream's state before its first token (with full attention it grows from
+        there)."""
         return self.initial(1).nbytes()
 
     def flops_per_token(self) -> int:
-        """Multiply-adds of one token's forward pass, times two; full attention counted without its cache."""
+        """FLOPs of one token's forward pass, two per multiply-add; full attention is counted
+        without its cache."""
         return self.config.flops_per_token()
 
 
 def instead_of(model: Any) -> str:
-    """How an LM is had where something else was given: the end of an error's sentence."""
+    """How to get an LM from what was given instead: the end of an error message."""
     if isinstance(model, str | os.PathLike):
         return f"; load the folder first: miras.load_model({str(model)!r})"
     of_transformers = isinstance(getattr(model, "model", None), Reader)

@@ -1,4 +1,5 @@
-"""What every token mixer is: (x, state) -> (y, state), whole, in pieces, ragged or token by token."""
+"""The token mixer interface: (x, state) -> (y, state), whole, in pieces, ragged or token by
+token."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from miras.layers.conv import conv
 class Mixer(nn.Module, ABC):
     """Mixes x (B, T, hidden) along T, carrying a state that is a value.
 
-    A subclass gives `initial` and `mix`, and may define `hidden_size`; `forward` is the same for all. `out` is the
-    linear map whose result is added to the residual stream, or `outputs` says what is.
+    A subclass defines `initial` and `mix`, and may define `hidden_size`; `forward` is the same for
+    all. `out` is the linear map that writes to the residual stream; otherwise override `outputs`.
     """
 
     hidden_size: int | None = None
@@ -29,14 +30,14 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def mix(self, x: Tensor, state: Any, plan: Plan) -> tuple[Tensor, Any]:
-        """x (B, T, hidden) with its rows filled from the front -> (y, state)."""
+        """x (B, T, hidden), with padding at the end of rows -> (y, state)."""
 
     def outputs(self) -> list[Tensor]:
-        """The weights of the linear maps whose results are added to the residual stream."""
+        """The weights of the linear maps that write to the residual stream."""
         return [self.out.weight]
 
     def place(self, state: Any) -> list[int]:
-        """How many tokens of each row's open chunk or segment the state has read.
+        """The number of tokens that the state has read of each row's open chunk or segment.
 
         A subclass with chunks or segments defines it.
         """
@@ -49,15 +50,16 @@ class Mixer(nn.Module, ABC):
         """
 
     def prepare(self, plan: Plan) -> None:
-        """Ask the plan for all that `mix` will, so that nothing is decided below.
+        """Ask the plan for everything that `mix` will need, so that nothing is decided later.
 
         A subclass with chunks or segments defines it.
         """
 
     def one_graph(self, plan: Plan) -> bool:
-        """Whether a call of one token is plain operations on tensors: it begins no segment and ends no chunk.
+        """Whether a call for one token is plain tensor operations: it begins no segment and ends no
+        chunk.
 
-        A subclass may define it; without it no token of the mixer is compiled.
+        A subclass may override it; by default no token of the mixer is compiled.
         """
         return False
 
@@ -70,10 +72,12 @@ class Mixer(nn.Module, ABC):
         write: Tensor | None = None,
         reset: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
-        """(B, T, hidden) -> (B, T, hidden) and the state after; `state=None` begins a new stream.
+        """(B, T, hidden) -> (B, T, hidden) and the state afterwards; `state=None` starts a new
+        stream.
 
-        valid, write, reset (B, T) bool: a token outside `valid` changes nothing and gives 0; one outside
-        `write` reads the memory without writing; `reset` marks the first token of a document.
+        valid, write, reset (B, T) bool: a token outside `valid` changes nothing and gives 0; one
+        outside `write` reads the memory without writing; `reset` marks the first token of a
+        document.
         """
         self._check(x)
         B, T, _ = x.shape
@@ -95,7 +99,7 @@ class Mixer(nn.Module, ABC):
         return rows.scatter(y), after
 
     def _check(self, x: Any) -> None:
-        """Raise ValueError for what is not (B, T, hidden)."""
+        """Raise ValueError unless x is (B, T, hidden)."""
         hidden = "hidden" if self.hidden_size is None else self.hidden_size
         name = type(self).__name__
         if not isinstance(x, Tensor):
@@ -110,9 +114,11 @@ class Mixer(nn.Module, ABC):
 
 
 class Projection(nn.Module):
-    """A linear map, then (unless conv_size is 0) a causal depthwise convolution and an activation: x -> (y, tail).
+    """A linear map, then (unless conv_size is 0) a causal depthwise convolution and an activation:
+    x -> (y, tail).
 
-    The order is Gated DeltaNet's, which Titans follows (papers: Titans 4.4, SiLU and kernel size 4).
+    The order is Gated DeltaNet's, which Titans follows (papers: Titans 4.4, SiLU and kernel size
+    4).
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What follows the mixer of a block: position by position, without a state."""
+"""The MLP after a mixer: position by position, without a state."""
 
 from dataclasses import dataclass
 from typing import ClassVar

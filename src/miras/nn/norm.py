@@ -1,4 +1,5 @@
-"""Norms that take the type of their input, as autocast needs, and keep little for the backward pass."""
+"""Norms that keep the dtype of their input, as autocast needs, and save little for the backward
+pass."""
 
 from typing import Any
 
@@ -28,7 +29,7 @@ def _size(x: Tensor, eps: float) -> Tensor:
 
 
 class _Unit(torch.autograd.Function):
-    """x / size and size: as outputs, what the backward pass needs of them can be differentiated again."""
+    """x / size and size: as outputs, so that the backward pass can be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

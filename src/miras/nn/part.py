@@ -1,4 +1,5 @@
-"""What a model is made of, as frozen values: sizes that its layers share, a mixer, an MLP. Each builds its module."""
+"""The parts of a model as frozen configs: sizes that its layers share, a mixer, an MLP. Each builds
+its module."""
 
 import dataclasses
 import math
@@ -13,11 +14,12 @@ from miras.core.typed import Typed
 from miras.nn.mixer import Mixer
 
 LARGEST = 2**31 - 1
-"""No size is larger: those of tensors are products of a few."""
+"""Upper limit of any size: tensors have products of a few of them."""
 
 
 def check_sizes(part: Any, **least: float) -> None:
-    """Raise ValueError for a field below its least value, or above what any size can be; None is no size."""
+    """Raise ValueError for a field below its minimum or above the limit of sizes; None is not
+    checked."""
     for name, low in least.items():
         value = getattr(part, name)
         if value is not None and not low <= value <= LARGEST:
@@ -27,11 +29,11 @@ def check_sizes(part: Any, **least: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes(Typed):
-    """What the layers of a model share.
+    """Sizes that the layers of a model share.
 
-    head_dim: the width of a head, hidden_size / num_heads if not given; intermediate_size: that inside an MLP, 8/3
-    hidden_size rounded up to 16; rope_theta: the base of rotary positions; norm_eps: of every norm. Raises ValueError
-    for sizes that do not fit.
+    head_dim: the width of a head, hidden_size / num_heads by default; intermediate_size: the width
+    inside an MLP, by default 8/3 hidden_size rounded up to 16; rope_theta: the base of rotary
+    positions; norm_eps: epsilon of all norms. Raises ValueError for sizes that do not fit.
     """
 
     hidden_size: int = 256
@@ -59,15 +61,16 @@ class Sizes(Typed):
 
 @dataclass(frozen=True, kw_only=True)
 class MixerConfig(Typed, ABC):
-    """A token mixer as a frozen dataclass: it builds its module, and answers for it where there is none.
+    """A token mixer's config as a frozen dataclass: it builds the module, and states its properties
+    without it.
 
-    A subclass stands beside its module. A field may hold another mixer's config, or a tuple of them; what it does not
-    answer itself is then as theirs. A field's name means the same in all mixers: `miras.preset` changes it wherever
-    it stands.
+    A subclass is defined beside its module. A field may hold another mixer's config, or a tuple of
+    them; their properties then apply unless it overrides them. A field name means the same in all
+    mixers: `miras.preset` changes it in all of them.
     """
 
     name: ClassVar[str]
-    """What files and the command line call it."""
+    """Its name in files and on the command line."""
 
     @abstractmethod
     def build(self, sizes: Sizes) -> Mixer:
@@ -75,10 +78,10 @@ class MixerConfig(Typed, ABC):
 
     @abstractmethod
     def flops(self, sizes: Sizes) -> int:
-        """Floating point operations of one token's forward pass, 2 per multiply-add of a matrix."""
+        """FLOPs of one token's forward pass, 2 per multiply-add of matrices."""
 
     def stride(self) -> int:
-        """Tokens after which nothing is half read, such as a chunk or a segment."""
+        """Number of tokens after which no chunk or segment is open."""
         return math.lcm(*(part.stride() for part in self.parts()))
 
     def grows(self) -> bool:
@@ -86,15 +89,16 @@ class MixerConfig(Typed, ABC):
         return any(part.grows() for part in self.parts())
 
     def refusal(self, sizes: Sizes) -> str | None:
-        """Why it does not go with these sizes, or None."""
+        """Why it is not supported with these sizes, or None."""
         return next((reason for part in self.parts() if (reason := part.refusal(sizes))), None)
 
     def words(self) -> list[str]:
-        """What `miras info` says of it beside its memories."""
+        """What `miras info` says about it in addition to its memories."""
         return [line for part in self.parts() for line in part.words()]
 
     def sees(self) -> dict[str, Any]:
-        """The fields of an attention that sees as much as it does, for a twin without memory; empty without one."""
+        """The fields of an attention that sees as much, for the attention-only model; empty without
+        attention."""
         return next((fields for part in self.parts() if (fields := part.sees())), {})
 
     def parts(self) -> list["MixerConfig"]:
@@ -102,20 +106,20 @@ class MixerConfig(Typed, ABC):
         return [part for value in vars(self).values() for part in _held(value)]
 
     def walk(self) -> Iterator["MixerConfig"]:
-        """Itself, its parts, theirs and so on."""
+        """Itself and all its parts, recursively."""
         yield self
         for part in self.parts():
             yield from part.walk()
 
     def names(self) -> set[str]:
-        """The names that `changed` knows."""
+        """The field names that `changed` accepts."""
         own = {name for name, value in vars(self).items() if not _held(value)}
         return own.union(*(part.names() for part in self.parts()))
 
     def changed(self, values: Mapping[str, Any], like: Sequence["MixerConfig"] = ()) -> Self:
-        """The same with the fields that `values` name, here and in its parts.
+        """The same with fields replaced by `values`, here and in its parts.
 
-        What they do not name is as the first of `like` has it, if any has.
+        Other fields are as in the first of `like` that has them.
         """
         new: dict[str, Any] = {}
         for name, value in vars(self).items():
@@ -131,16 +135,16 @@ class MixerConfig(Typed, ABC):
 
 
 def _held(value: Any) -> tuple[MixerConfig, ...]:
-    """The configs that a field's value is: one, or a tuple of them."""
+    """The configs in a field's value: one, or a tuple of them."""
     values: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)
     return values if all(isinstance(part, MixerConfig) for part in values) else ()
 
 
 class MLPConfig(Typed, ABC):
-    """What follows a mixer in a block, as a frozen dataclass: x (..., hidden) to the same."""
+    """The config of an MLP after a mixer, as a frozen dataclass: x (..., hidden) to the same."""
 
     name: ClassVar[str]
-    """What files call it."""
+    """Its name in files."""
 
     @abstractmethod
     def build(self, sizes: Sizes) -> nn.Module:
@@ -148,13 +152,13 @@ class MLPConfig(Typed, ABC):
 
     @abstractmethod
     def width(self, sizes: Sizes) -> int:
-        """Numbers per token inside it."""
+        """Its inner width."""
 
     @abstractmethod
     def flops(self, sizes: Sizes) -> int:
-        """Floating point operations of one token's forward pass."""
+        """FLOPs of one token's forward pass."""
 
 
 def kind_name(kind: type) -> str:
-    """What files call a class: its `name`, or that of the class itself."""
+    """The name of a class in files: its `name`, or the class name."""
     return getattr(kind, "name", kind.__name__)

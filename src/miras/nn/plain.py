@@ -1,4 +1,5 @@
-"""Frozen dataclasses as plain values, for JSON: choices by name, those from elsewhere by their import path."""
+"""Frozen dataclasses as plain values for JSON: choices by name, those from outside by import
+path."""
 
 import dataclasses
 import importlib
@@ -35,11 +36,12 @@ KINDS: dict[type, dict[str, type]] = {
         (MLPConfig, (SwiGLUConfig,)),
     )
 }
-"""What the library has of each kind of choice, by the name that files have for it."""
+"""The library's choices of each kind, by their names in files."""
 
 
 def written(value: Any) -> Any:
-    """A value as JSON has one. Raises ValueError where that cannot be: no dataclass, a function without a name."""
+    """A value as plain JSON. Raises ValueError if that is impossible: not a dataclass, a function
+    without a name."""
     if base := _base(type(value)):
         kind = type(value)
         if not dataclasses.is_dataclass(value):
@@ -58,14 +60,15 @@ def written(value: Any) -> Any:
 
 
 def fields(part: Any) -> dict[str, Any]:
-    """The fields of a dataclass as JSON has them."""
+    """The fields of a dataclass as plain JSON."""
     return {f.name: written(getattr(part, f.name)) for f in dataclasses.fields(part) if f.init}
 
 
 def read(kind: Any, value: Any, trusted: bool, what: str = "") -> Any:
-    """A value of that type from what `written` made of it. Raises ValueError for unknown names and fields.
+    """A value of that type from the output of `written`. Raises ValueError for unknown names and
+    fields.
 
-    `trusted` allows it to import and run what it names by import path.
+    `trusted` allows importing and running what it names by import path.
     """
     if isinstance(value, Mapping) and set(value) == {"function"}:
         return function(value["function"], trusted)
@@ -86,7 +89,8 @@ def read(kind: Any, value: Any, trusted: bool, what: str = "") -> Any:
 
 
 def named(base: type, name: Any, trusted: bool, what: str = "") -> Any:
-    """The class of a choice by its name, or by its import path. Raises ValueError for what is no such choice."""
+    """The class of a choice by name or import path. Raises ValueError if it is not such a
+    choice."""
     known, what = KINDS[base], what or _word(base)
     if name in known:
         return known[name]
@@ -100,7 +104,7 @@ def named(base: type, name: Any, trusted: bool, what: str = "") -> Any:
 
 
 def made(kind: Any, values: Mapping[str, Any], trusted: bool) -> Any:
-    """A dataclass from its fields as `written` made them."""
+    """A dataclass from the output of `written`."""
     hints = hints_of(kind)
     if unknown := [name for name in values if name not in hints]:
         raise ValueError(
@@ -111,7 +115,7 @@ def made(kind: Any, values: Mapping[str, Any], trusted: bool) -> Any:
 
 
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The types of the fields that a dataclass is made with; Any where only a type checker could tell."""
+    """The types of a dataclass's init fields; Any if only a type checker could tell."""
     try:
         hints = typing.get_type_hints(kind)
     except NameError:
@@ -120,7 +124,7 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def _base(kind: Any) -> Any:
-    """What a class is a choice of, or None."""
+    """The kind of choice that a class is, or None."""
     return next((base for base in KINDS if isinstance(kind, type) and issubclass(kind, base)), None)
 
 
@@ -140,11 +144,12 @@ FUNCTIONS = frozenset(
         *(f"torch.nn.functional:{n}" for n in ("hardsigmoid", "hardtanh", "tanh", "tanhshrink")),
     }
 )
-"""Functions that a config may name without being trusted: of one tensor, elementwise, and of nothing else."""
+"""Functions that an untrusted config may name: elementwise functions of one tensor."""
 
 
 def _path(thing: Any) -> str:
-    """The import path "package.module:Name" of a class or a function. Raises ValueError where it has none."""
+    """The import path "package.module:Name" of a class or function. Raises ValueError if it has
+    none."""
     name = getattr(thing, "__qualname__", "")
     for module, home in TORCH.items():
         if name and getattr(home, thing.__name__, None) is thing:
@@ -163,7 +168,8 @@ def _path(thing: Any) -> str:
 
 
 def function(path: str, trusted: bool) -> Any:
-    """The function that "module:name" names. Raises ValueError for one that needs trust, or is not there."""
+    """The function that "module:name" names. Raises ValueError if it needs trust or does not
+    exist."""
     if path in FUNCTIONS:
         module, _, name = path.partition(":")
         return getattr(TORCH[module], name)
@@ -171,7 +177,7 @@ def function(path: str, trusted: bool) -> Any:
 
 
 def _imported(path: str, trusted: bool) -> Any:
-    """What an import path names. Raises ValueError when that is not allowed, or not there."""
+    """What an import path names. Raises ValueError if it is not allowed or does not exist."""
     if not trusted:
         raise ValueError(
             f"ModelConfig: this config names code to import and run, {path}, that is not part of miras; if you trust "

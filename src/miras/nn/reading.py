@@ -1,4 +1,4 @@
-"""Reading a stream of any length in constant memory: tokens go in, losses and a state that goes on come out.
+"""Read a stream of any length in constant memory: from tokens to losses and a state that continues.
 
 B streams side by side, n tokens of a piece, V ids of the vocabulary.
 """
@@ -19,29 +19,30 @@ Block = NDArray[Any] | Tensor
 """Token ids, (n,) or (B, n), of any integer type."""
 
 Tokens = Block | Iterable[Block]
-"""A stream: all of it (a memory-mapped array is read piece by piece), or blocks of any length in order."""
+"""A stream: one array (a memory-mapped one is read piece by piece), or an iterator over arrays of
+any length."""
 
 Mask = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
-"""From places (n,) in a reading, counted from 0, to whether the mask is true there."""
+"""From positions (n,) in a reading, counted from 0, to the mask's values."""
 
 LOGITS = 1 << 24
-"""Logits that are held at once: a large vocabulary is scored in parts."""
+"""Limit of logits held at once: a large vocabulary is scored in parts."""
 
 
 @dataclass(frozen=True)
 class StreamState(LMState):
-    """A model's state and the logits (B, V) it gives to the next token, so that a cut loses nothing."""
+    """A model's state and its logits (B, V) for the next token, so that a cut loses nothing."""
 
     logits: Tensor
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Piece:
-    """What became of n tokens of each of B streams.
+    """The result of reading n tokens of each of B streams.
 
-    start: the first one's place in this reading; tokens (B, n); losses (B, n) in nats; predicted (B, n) the
-    most likely token at each place; state: after the last one. What nothing has predicted, the first token of
-    a new stream, has the loss NaN and the prediction -1.
+    start: the position of the first token in this reading; tokens (B, n); losses (B, n) in nats;
+    predicted (B, n), the most likely token at each position; state: after the last token. The first
+    token of a new stream, which nothing predicts, has loss NaN and prediction -1.
     """
 
     start: int
@@ -64,12 +65,12 @@ def read_pieces(
     write: Mask | None = None,
     reset: Mask | None = None,
 ) -> Iterator[Piece]:
-    """Read a stream, or B of them, without a graph, and hand out what each piece of it brought.
+    """Read one stream or B streams without gradients, and yield the result of each piece.
 
-    But for rounding, the losses do not depend on `piece`, the largest number of tokens read at once; pieces
-    end where chunks and segments do. `state` continues an earlier reading; of a StreamState the first token is
-    scored too. `write` and `reset` are the model's masks, by place. Raises ValueError for ids outside the
-    vocabulary and arrays that are not ids.
+    Except for rounding, the losses do not depend on `piece`, the largest number of tokens read per
+    call; pieces end at chunk and segment boundaries. `state` continues an earlier reading; with a
+    StreamState the first token is scored too. `write` and `reset` are the model's masks, by
+    position. Raises ValueError for ids outside the vocabulary and arrays that are not ids.
     """
     if piece < 1:
         raise ValueError(f"piece must be at least 1 token, got {piece}")
@@ -87,7 +88,7 @@ def _read(
         given: dict[str, Tensor] = {}
         for name, (mask, usual) in masks.items():
             values = None if mask is None else np.asarray(mask(places), dtype=np.bool_)
-            # A mask that says nothing is left out: without one, the scan need not look at single tokens.
+            # A mask without effect is dropped, because the scan is faster without masks.
             if values is not None and (values != usual).any():
                 given[name] = torch.from_numpy(values).to(device).expand(ids.shape)
         losses, predicted, state = _step(model, torch.from_numpy(ids).to(device), state, given)
@@ -96,7 +97,7 @@ def _read(
 
 
 def check_ids(ids: NDArray[np.int64], vocab_size: int) -> None:
-    """Raise ValueError when an id is not in the vocabulary."""
+    """Raise ValueError if an id is outside the vocabulary."""
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         wrong = ids.min() if ids.min() < 0 else ids.max()
         raise ValueError(
@@ -106,15 +107,16 @@ def check_ids(ids: NDArray[np.int64], vocab_size: int) -> None:
 
 
 def _length(model: LM, state: LMState | None, piece: int) -> int:
-    """The next piece's length: up to where a chunk or segment ends, if no document began inside one."""
+    """The length of the next piece: up to the end of a chunk or segment, if no document began
+    inside one."""
     stride = model.config.stride()
     if piece <= stride:
         return piece
     return piece // stride * stride - (0 if state is None else int(state.tokens[0]) % stride)
 
 
-# No generator may stand inside no_grad: it would leave gradients off for whoever is between two pieces. And
-# it is no_grad, not inference_mode, because the inner loop of a memory takes gradients.
+# A generator must not hold no_grad across a yield: gradients would stay off for the caller. And it
+# is no_grad, not inference_mode, because the inner loop of a memory takes gradients.
 @torch.no_grad()
 def _step(
     model: LM, ids: Tensor, state: LMState | None, masks: dict[str, Tensor]
@@ -136,20 +138,20 @@ def _step(
     width = max(1, LOGITS // (ids.shape[0] * model.config.vocab_size))
     for at in range(0, ids.shape[1], width):
         score(model.lm_head(hidden[:, at : at + width]).float(), at + 1)
-    # Made again rather than cut off: a view would keep the logits of the whole piece.
+    # Copied, because a view would keep the logits of the whole piece alive.
     last = model.lm_head(hidden[:, -1]).float()
     return losses, predicted, StreamState(after.layers, after.tokens, last, place=after.place)
 
 
 class _Feed:
-    """Blocks of any length, taken in pieces of a wished one."""
+    """An iterator over arrays of any length, taken in pieces of a given length."""
 
     def __init__(self, tokens: Tokens) -> None:
         self.blocks = iter((tokens,) if isinstance(tokens, np.ndarray | Tensor) else tokens)
         self.rest: NDArray[Any] | None = None
 
     def take(self, wanted: int) -> NDArray[np.int64] | None:
-        """(B, n) with n = `wanted`, or fewer at the end of the stream; None when it is over."""
+        """(B, n) with n = `wanted`, or fewer at the end of the stream; None after the end."""
         parts: list[NDArray[Any]] = []
         while wanted:
             if self.rest is None or not self.rest.shape[1]:
@@ -184,12 +186,12 @@ def as_rows(block: Block) -> NDArray[Any]:
 
 
 class Spelling:
-    """Ids to text as they come: a character that is not yet whole waits for the ids that complete it.
+    """Incremental detokenisation: an incomplete character waits for the ids that complete it.
 
-    `decode` gives the text of ids, with U+FFFD for what is not UTF-8 (a tokenizer's `decode`).
+    `decode` is a tokenizer's: it gives the text of ids, with U+FFFD for invalid UTF-8.
     """
 
-    LONGEST = 4  # bytes of a UTF-8 character, and so the ids that one may be spread over
+    LONGEST = 4  # bytes of a UTF-8 character, and so the most ids that one may be spread over
 
     def __init__(self, decode: Callable[[NDArray[np.int64]], str]) -> None:
         self.decode = decode
@@ -197,16 +199,17 @@ class Spelling:
         self._before, self._waiting = none, none
 
     def push(self, ids: NDArray[np.int64]) -> str:
-        """The text that is complete now and was not before."""
+        """The text that these ids complete."""
         ids = np.concatenate([self._waiting, ids])
         for held in range(self.LONGEST):
             done = ids[: max(0, len(ids) - held)]
-            # Tokenizers treat the first token of a text differently, so the last ones spoken come before.
+            # Tokenizers treat the first token of a text differently, so the previous tokens are
+            # decoded too.
             text = self.decode(np.concatenate([self._before, done]))
             if not text.endswith("\ufffd"):
                 break
         else:
-            # Not a character in the making: these bytes are none.
+            # Not an incomplete character: these bytes are invalid.
             self._before = self._waiting = ids[:0]
             return self.decode(ids)
         spoken = len(self.decode(self._before))
@@ -216,6 +219,6 @@ class Spelling:
         return text[spoken:]
 
     def rest(self) -> str:
-        """The text of what still waits, at the end of the stream."""
+        """The text of the remaining ids, at the end of the stream."""
         waiting, self._waiting = self._waiting, self._waiting[:0]
         return self.decode(waiting)

@@ -1,4 +1,4 @@
-"""Mixers side by side: all read the same x, and what they answer is added up."""
+"""Mixers side by side: all read the same x, and their outputs are added."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,7 +45,8 @@ class SumState(Record):
 
 
 class Sum(Mixer):
-    """y = mixer_1(x) + ... + mixer_n(x). Observed, its memories are called layer, layer.1, layer.2 and so on."""
+    """y = mixer_1(x) + ... + mixer_n(x). In observations its memories are called layer, layer.1,
+    layer.2 and so on."""
 
     def __init__(self, sizes: Sizes, config: SumConfig) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Sum(Mixer):
         self.mixers = nn.ModuleList(part.build(sizes) for part in config.mixers)
         counts = [len(memories_in(part)) for part in config.mixers]
         self.before = [sum(counts[:i]) for i in range(len(counts))]
-        """How many memories stand before each mixer."""
+        """The number of memories before each mixer."""
 
     def outputs(self) -> list[Tensor]:
         return [weight for mixer in self.each() for weight in mixer.outputs()]

@@ -1,4 +1,5 @@
-"""Titans' ways to wire a memory to attention: as context, as gate, as layer (Titans 4, eq. 21 to 31)."""
+"""Titans' combinations of memory and attention: as context, as gate, as layer (Titans 4, eq. 21 to
+31)."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -21,19 +22,20 @@ from miras.nn.part import MixerConfig, Sizes, check_sizes
 
 @dataclass(frozen=True)
 class WiredState(Record):
-    """The states of an attention and of a memory that are wired side by side, or one behind the other."""
+    """The states of an attention and a memory, side by side or in sequence."""
 
     attention: Window
     memory: MemoryState
 
 
 MAG_GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
-"""What memory as gate may apply to its normed read."""
+"""Functions that memory as gate may apply to its normalised read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MAGConfig(MixerConfig):
-    """Memory as gate: a `MemoryAsGate`. mag_gate: "silu" or "sigmoid", which Titans 4.2 leaves open."""
+    """Memory as gate: a `MemoryAsGate`. mag_gate: "silu" or "sigmoid", which Titans 4.2 leaves
+    open."""
 
     name: ClassVar[str] = "mag"
 
@@ -66,10 +68,11 @@ class MAGConfig(MixerConfig):
 
 
 class MemoryAsGate(Mixer):
-    """MAG: sliding-window attention and a memory side by side, o = out(norm_a(y) * gate(norm_b(m))).
+    """MAG: sliding-window attention and a memory side by side,
+    o = out(norm_a(y) * gate(norm_b(m))).
 
-    y = attention(x), m = memory(x) (Titans eq. 26 to 28), `gate` the config's `mag_gate`. Both read the same x;
-    persistent tokens are seen by the attention only.
+    y = attention(x), m = memory(x) (Titans eq. 26 to 28), `gate` the config's `mag_gate`. Both read
+    the same x; only attention sees persistent tokens.
     """
 
     def __init__(self, sizes: Sizes, config: MAGConfig) -> None:
@@ -106,7 +109,7 @@ class MemoryAsGate(Mixer):
 
 @dataclass(frozen=True, kw_only=True)
 class MALConfig(MixerConfig):
-    """Memory as layer, below an attention: a `MemoryAsLayer`."""
+    """Memory as layer, before attention: a `MemoryAsLayer`."""
 
     name: ClassVar[str] = "mal"
 
@@ -121,9 +124,10 @@ class MALConfig(MixerConfig):
 
 
 class MemoryAsLayer(Mixer):
-    """MAL: a memory layer, and sliding-window attention over what it gives, o = attention(norm(memory(x))).
+    """MAL: a memory layer, then sliding-window attention on its output,
+    o = attention(norm(memory(x))).
 
-    Titans eq. 29 to 31; the norm between the two is ours. Persistent tokens are seen by the attention only.
+    Titans eq. 29 to 31, with an added norm between the two. Only attention sees persistent tokens.
     """
 
     def __init__(self, sizes: Sizes, config: MALConfig) -> None:
@@ -159,11 +163,12 @@ class MemoryAsLayer(Mixer):
 
 @dataclass(frozen=True)
 class ContextState(Record):
-    """What memory as context carries, the segment in progress included.
+    """The state of memory as context, including the open segment.
 
-    attention: the segment's keys and values so far, two for each token; memory: the memory's own state, with the
-    convolutions' tails of what was written; frozen {weight: (B, H, d_in, d_out)}: the memory's anchor at the end of
-    the segment before; tails: of the queries made from x, and of those that one memory token pools.
+    attention: the segment's keys and values so far, two per token; memory: the memory's own state,
+    with the convolution tails of the written path; frozen {weight: (B, H, d_in, d_out)}: the
+    memory's anchor at the end of the previous segment; tails: of the queries computed from x, and
+    of those pooled into one memory token.
     """
 
     attention: Window
@@ -176,9 +181,9 @@ class ContextState(Record):
 class MACConfig(MixerConfig):
     """Memory as context: a `MemoryAsContext`.
 
-    segment_size: tokens of a segment, a multiple of the memory's chunk_size; pool: tokens of a segment that share one
-    memory token; num_persistent: learned keys and values per head that every token sees. Raises ValueError unless
-    chunks and pools divide the segment.
+    segment_size: tokens of a segment, a multiple of the memory's chunk_size; pool: tokens of a
+    segment that share one memory token; num_persistent: learned keys and values per head that every
+    token sees. Raises ValueError unless chunks and pools divide the segment.
     """
 
     name: ClassVar[str] = "mac"
@@ -204,7 +209,7 @@ class MACConfig(MixerConfig):
         return MemoryAsContext(sizes, self)
 
     def attention(self) -> AttentionConfig:
-        """That inside a segment."""
+        """The attention inside a segment."""
         return AttentionConfig(window_size=self.segment_size, num_persistent=self.num_persistent)
 
     def stride(self) -> int:
@@ -223,11 +228,11 @@ class MACConfig(MixerConfig):
         return self.attention().sees()
 
     def flops(self, sizes: Sizes) -> int:
-        """A segment read whole has two keys for each of its tokens."""
+        """A complete segment has two keys per token."""
         D, H, width = sizes.hidden_size, sizes.num_heads, sizes.width()
         d_key, d_value = self.memory.widths(sizes)
         out, read = 2 * H * width * D, 2 * H * d_value * D
-        # The memory tokens' query and read, and keys and values made from them.
+        # Query and read of the memory tokens, and keys and values computed from them.
         shapes = self.memory.rule.memory.shapes(*self.memory.held(sizes))
         recall = 2 * H * (D * d_key + sum(d_in * d_out for d_in, d_out in shapes.values())) + 2 * out
         inner = self.attention().reading_flops(sizes) + self.memory.reading_flops(sizes)
@@ -235,18 +240,20 @@ class MACConfig(MixerConfig):
 
 
 class MemoryAsContext(Mixer):
-    """MAC: attention inside a segment that also sees what the memory knew before it (Titans eq. 21 to 25).
+    """MAC: attention inside a segment that also sees what the memory held before it (Titans eq. 21
+    to 25).
 
-    For token j of a segment, M the memory with its output projection, M_0 as it stood at the end of the segment
-    before, M_j as it stands after token j, P the persistent tokens:
+    For token j of a segment; M is the memory with its output projection, M_0 at the end of the
+    previous segment, M_j after token j; P are the persistent tokens:
 
         h_i = norm(M_0(q(x_i)))                          i <= j
         y_j = W_O attention(q = x_j; P, h_1, x_1, ... h_j, x_j)
-        M_j = M_{j-1} updated with keys, values and gates made from y_j
+        M_j = M_{j-1} updated with keys, values and gates computed from y_j
         o_j = out(y_j * sigmoid(norm(M_j(q(y_j)))))
 
-    h_i has the rotary position of x_i. One W_Q serves both reads; each has its own convolution tail. With
-    `pool` p > 1 there is one memory token for p tokens, its query the mean of theirs, seen from the last of them on.
+    h_i has the rotary position of x_i. Both reads use the same W_Q; each has its own convolution
+    tail. With `pool` p > 1 there is one memory token for p tokens. Its query is the mean of theirs,
+    and it is visible from the last of them on.
     """
 
     def __init__(self, sizes: Sizes, config: MACConfig) -> None:
@@ -295,11 +302,12 @@ class MemoryAsContext(Mixer):
         return joined(parts, outputs, x.shape[1]), state
 
     def _phase(self, state: ContextState) -> Tensor:
-        """How many tokens of the open segment are read, (B,): its attention began where the segment did."""
+        """The number of tokens read of the open segment, (B,): its attention began with the
+        segment."""
         return (state.attention.next - state.attention.start) % self.segment_size
 
     def _within(self, x: Tensor, state: ContextState, part: Part) -> tuple[Tensor, ContextState]:
-        """Tokens of one segment, its rest or a piece of it."""
+        """The tokens of one segment, or part of it."""
         plan, window = part.plan, state.attention
         if part.starts is not None:
             state = replace(state, frozen=self._frozen(state, part))
@@ -313,16 +321,18 @@ class MemoryAsContext(Mixer):
         return o, ContextState(window, memory, state.frozen, tails)
 
     def _frozen(self, state: ContextState, part: Part) -> Tree:
-        """The anchor that a segment reads: that at the end of the one before, or of a new document."""
+        """The anchor that a segment reads: that at the end of the previous segment, or of a new
+        document."""
         memory = state.memory.memory
-        now = memory.anchor  # a segment ends where a chunk does, where the anchor stands for the weights
+        now = memory.anchor  # a segment ends with a chunk, where the anchor represents the weights
         if part.plan.reset is not None:
             fresh = init_state(self.memory.rule, self.memory.A0(len(memory.phase))).anchor
             now = choose(part.plan.reset[:, 0], fresh, now)
         return now if part.everyone or part.starts is None else choose(part.starts, now, state.frozen)
 
     def _context(self, x: Tensor, state: ContextState, plan: Plan) -> tuple[Tensor, Tensor | None, Tree]:
-        """The memory tokens h (B, n, hidden) of x, which of the (B, 2 n) tokens are there, and the new tails."""
+        """The memory tokens h (B, n, hidden) of x, a mask of the (B, 2 n) keys that exist, and the
+        new tails."""
         pooled = state.tails.get("pooled", x[:, :0])
         if pooled.shape[1] + 1 != self.pool:
             raise ValueError(
@@ -341,7 +351,8 @@ class MemoryAsContext(Mixer):
         return self.norm_context(self.read(read)), there, tails
 
     def _last_of_pool(self, state: ContextState, plan: Plan, n: int) -> Tensor:
-        """(B, 2 n): every token's own key, and a memory token's at the last one of its pool."""
+        """(B, 2 n): every token's own key, and the memory token's key at the last token of its
+        pool."""
         phase = self._phase(state)[:, None]
         if plan.reset is not None:
             phase = torch.where(plan.reset[:, :1], 0, phase)
@@ -350,7 +361,7 @@ class MemoryAsContext(Mixer):
 
 
 def _emptied(window: Window, part: Part) -> Window:
-    """The window without the keys of the segment before, in the rows where one begins."""
+    """The window without the keys of the previous segment, in rows where a new one begins."""
     if part.everyone:
         return replace(window, k=window.k[:, :, :0], v=window.v[:, :, :0], position=window.position[:, :0])
     assert part.starts is not None
