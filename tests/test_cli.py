@@ -116,7 +116,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("info titan-mag", "unknown preset 'titan-mag', perhaps you meant 'titans-mag'"),
         ("info empty", "empty is not a model: it has no config.json"),
         ("info titans-mag --hidden-size 33", "hidden_size 33 is not a multiple of num_heads 4"),
-        ("eval nowhere", "nowhere is not a model: it has no config.json"),
+        ("eval nowhere", "nowhere is not a model: config.json is missing"),
         ("eval broken", "model.safetensors is corrupt or cut off"),
         ("eval flipped", "model.safetensors is corrupt: its checksum differs: a byte has changed"),
         ("eval model --json text.txt", "--json text.txt exists and is not a file of curves"),
@@ -189,7 +189,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
             "chunk_size is only used by layers of memory, mac, mag",
         ),
         ("train --out r --preset titans-mag --segment-size 64", "segment_size is only used by layers of mac"),
-        ("train --out r --preset titans-lmm --num-persistent 2", "and this model has memory; leave it out"),
+        ("train --out r --preset titans-lmm --num-persistent 2", "and this model has memory; omit it"),
         (
             "info titans-mag --memory mpl",
             "--memory: unknown memory 'mpl', perhaps you meant 'mlp'; known are matrix",
@@ -570,7 +570,7 @@ def test_info(place: Path, capsys: pytest.CaptureFixture[str]):
     assert found["parameters"] == LM(config).num_parameters()
     assert run("info transformer --hidden-size 64") == 0
     out = capsys.readouterr().out
-    assert "grows with every token" in out and "the memory" not in out
+    assert "growing with every token" in out and "the memory" not in out
 
 
 def test_eval(place: Path, capsys: pytest.CaptureFixture[str]):

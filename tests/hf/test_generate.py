@@ -317,5 +317,5 @@ def test_rows_that_do_not_fit_are_refused(tiny: Make):
     with pytest.raises(ValueError, match="the state has 2 rows"):
         model(text(3, 2), past_key_values=cache)
     model.generate(**cache.begin_turn(text(2, 2)), past_key_values=cache, **GREEDY)
-    with pytest.raises(ValueError, match="goes on with 2 rows, got 1"):
+    with pytest.raises(ValueError, match="the cache holds 2 rows, got 1"):
         cache.begin_turn(text(1, 2))

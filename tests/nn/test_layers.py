@@ -503,12 +503,12 @@ OTHERS = {
     "convolution": (
         LAYERS["titans"],
         lambda: MemoryLayer(HIDDEN, HEADS, RULE, **TAPS),
-        "look back 3 tokens, these 1",
+        "look back 3 tokens, this layer's 1",
     ),
     "no convolution": (
         LAYERS["titans"],
         lambda: MemoryLayer(HIDDEN, HEADS, RULE, conv_size=0),
-        "look back 3 tokens, these 0",
+        "look back 3 tokens, this layer's 0",
     ),
     "positions": (LAYERS["turned"], LAYERS["titans"], "the state is not one of this layer: position"),
     "no positions": (LAYERS["titans"], LAYERS["turned"], "the state is not one of this layer: position"),

@@ -1,4 +1,4 @@
-"""What a model does with a long stream: bits per byte along it, and needles found in it."""
+"""Evaluation on long streams: bits per byte, and retrieval of needles."""
 
 from miras.evaluate.needle import NeedleResult, Track, needle_accuracy, wilson
 from miras.evaluate.stream import CONDITIONS, Curve, stream_curve

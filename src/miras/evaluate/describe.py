@@ -1,4 +1,4 @@
-"""What a config says, in words and numbers: the choices, their equations, gates, sizes and cost."""
+"""A description of a config: choices, equations, gates, sizes and cost."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ FORMULAS: dict[type, Callable[[Any], str]] = {
     Bregman: lambda r: f"{r.inverse.__name__}(A_t)",
     Sigmoid: lambda _: "sigmoid(A_t)",
 }
-"""Memories as a function of x, biases of a prediction y and a value v, retentions' links of A_t."""
+"""Formulas: memories as functions of x, biases of prediction y and value v, links of A_t."""
 
 STEPS: dict[type, Callable[[Any], str]] = {
     GradientDescent: lambda _: "S_t",
@@ -72,11 +72,11 @@ STEPS: dict[type, Callable[[Any], str]] = {
     GradientAscent: lambda _: "S_t",
     Muon: lambda a: f"{a.scale:g} NewtonSchulz_{a.iterations}(S_t)",
 }
-"""What an algorithm adds to the accumulator."""
+"""The step that an algorithm adds to the accumulator."""
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
-    """Everything `miras info` shows, as plain values for JSON. No weight is made, whatever the sizes."""
+    """Everything `miras info` shows, as plain values for JSON. No weights are allocated."""
     with torch.device("meta"):
         model = LM(config)
         state = model.state_bytes()
@@ -93,7 +93,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
 
 
 def mixer(config: MixerConfig, num_heads: int) -> dict[str, Any]:
-    """A mixer of the pattern: its sizes in words, and what it remembers with."""
+    """A mixer of the pattern: its sizes in words, and its memories."""
     return {
         "name": config.name,
         "words": config.words(),
@@ -110,7 +110,7 @@ def mixer(config: MixerConfig, num_heads: int) -> dict[str, Any]:
 
 
 def choices(rule: Rule) -> dict[str, dict[str, str]]:
-    """Each axis's choice as it is written, and what it is: the first sentence of its docstring."""
+    """The choice on each axis, as written in code, with the first sentence of its docstring."""
     shown: dict[str, dict[str, str]] = {}
     for axis in AXES:
         part = getattr(rule, axis)
@@ -119,11 +119,11 @@ def choices(rule: Rule) -> dict[str, dict[str, str]]:
 
 
 READ = {"after": "W_t", "before": "W_{t-1}", "start": "W_anchor"}
-"""At which weights a token reads."""
+"""The weights at which a token is read."""
 
 
 def equations(rule: Rule) -> list[str]:
-    """What one head does with token t, written for this rule."""
+    """The equations of one head at token t, for this rule."""
     algorithm, retention = rule.algorithm, rule.retention
     lines: list[str] = []
     lr, sign = "lr_t", "+" if isinstance(algorithm, GradientAscent) else "-"
@@ -176,7 +176,7 @@ def equations(rule: Rule) -> list[str]:
 
 
 def gates(memory: MemoryConfig, num_heads: int) -> dict[str, dict[str, Any]]:
-    """How each gate that the rule reads is made from a layer's input x, and the largest it can be."""
+    """How each gate of the rule is computed from a layer's input x, and its largest value."""
     made, rule = memory.made(), memory.rule
     shown: dict[str, dict[str, Any]] = {}
     own = [name for name in memory.gates if "." in name]
@@ -196,7 +196,7 @@ def gates(memory: MemoryConfig, num_heads: int) -> dict[str, dict[str, Any]]:
 
 
 def _inside(gate: Gate) -> str:
-    """What goes into a gate's link."""
+    """The argument of a gate's link."""
     if gate.follows is not None:
         inside = f"that of {gate.follows}"
     elif gate.source != "token":
@@ -213,7 +213,7 @@ def _per(gate: Gate) -> str:
 
 
 def features(config: MemoryConfig) -> str:
-    """How queries, keys and values are made, in words."""
+    """How queries, keys and values are computed, in words."""
     f = config.features
     words = ["linear", *(["convolution"] * (config.conv_size > 0))]
     made = [*words, f.activation, *(["length 1"] * f.normalize), *(["rotary"] * f.rotary)]

@@ -1,4 +1,4 @@
-"""How often a model finds the needle, over contexts of any length at constant memory."""
+"""Retrieval accuracy over contexts of any length, at constant memory."""
 
 import math
 import time
@@ -20,8 +20,8 @@ from miras.nn.reading import read_pieces
 class Track:
     """What the memories did along the haystack, averaged over samples and heads.
 
-    positions: (bins,), the middle of each bin in tokens; by layer, write_rate: the mean `lr` taken, and
-    weight: the mean |W|, each (bins,).
+    positions: (bins,), the middle of each bin in tokens; by layer, write_rate: the mean step size,
+    and weight: the mean |W|, each (bins,).
     """
 
     positions: tuple[float, ...]
@@ -31,7 +31,8 @@ class Track:
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """Of n haystacks of `length` bytes, how many needles were found; low and high: 95 % interval (Wilson)."""
+    """The number of needles found in n haystacks of `length` bytes; low and high: 95 % interval
+    (Wilson)."""
 
     length: int
     n: int
@@ -55,12 +56,13 @@ def needle_accuracy(
     bins: int = 100,
     progress: Callable[[int], None] | None = None,
 ) -> NeedleResult:
-    """The share of samples 0 to n - 1 of `seed` whose last answers are, byte by byte, the model's first choice.
+    """The fraction of samples 0 to n - 1 of `seed` whose last answers are, byte by byte, the
+    model's most likely tokens.
 
-    The answer is fed as it should be: as long as all bytes so far were right, that is what greedy generation
-    would have read, so the score is the same and takes one reading. Memory: batch_size streams and their
-    tokens. `track` also watches the memories; `progress` is told the samples done. Raises ValueError for
-    sizes below 1.
+    The correct answer is fed to the model (teacher forcing): as long as all bytes so far were
+    right, greedy generation would have read the same, so the score is equal and takes one reading.
+    Memory: batch_size streams and their tokens. `track` also observes the memories; `progress` is
+    called with the number of samples done. Raises ValueError for sizes below 1.
     """
     for name, value in {"n": n, "batch_size": batch_size, "bins": bins}.items():
         if value < 1:
@@ -71,12 +73,12 @@ def needle_accuracy(
     for first in range(0, n, batch_size):
         samples = [task.sample(seed, index) for index in range(first, min(n, first + batch_size))]
         tokens = np.stack([sample.tokens for sample in samples])
-        # Values differ in length, so answers do not begin at one place.
+        # Values differ in length, so answers begin at different positions.
         asked = np.arange(task.length) >= np.array([[sample.answer.start] for sample in samples])
         found = np.ones(len(samples), dtype=np.bool_)
         pieces = read_pieces(model, tokens, piece=piece)
         while True:
-            # Opened anew for each piece: an observation keeps all that it sees.
+            # A new observation per piece, because it keeps everything it sees.
             with observe() if track else nullcontext() as seen:
                 part = next(pieces, None)
             if part is None:
@@ -102,7 +104,7 @@ def needle_accuracy(
 
 
 def wilson(correct: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, correct / n."""
+    """Wilson's 95 % interval of the fraction correct / n."""
     z = 1.959963984540054
     share, scale = correct / n, 1 + z * z / n
     middle = (share + z * z / (2 * n)) / scale
@@ -112,14 +114,14 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 @dataclass
 class _Tracker:
-    """Sums of an observation by layer and bin, added up piece by piece."""
+    """Sums of an observation by layer and bin, accumulated piece by piece."""
 
     length: int
     bins: int
     sums: dict[str, dict[str, NDArray[np.float64]]] = field(default_factory=dict)
 
     def add(self, start: int, seen: Observation) -> None:
-        """Count what one piece's observation holds; rows of the sums: values, and how many."""
+        """Add one piece's observation; rows of the sums: values, and counts."""
         for layer in seen.layers():
             values = seen[layer]
             rates = [x for name, x in values.items() if name.split(".")[0] == "lr"]

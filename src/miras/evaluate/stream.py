@@ -1,4 +1,4 @@
-"""Bits per byte of a long text that is read as one stream, as a curve over the position in it."""
+"""Bits per byte of a long text read as one stream, as a curve over position."""
 
 import math
 import time
@@ -15,16 +15,16 @@ from miras.nn.lm import LM, LMState
 from miras.nn.reading import Block, Mask, Piece, Spelling, StreamState, as_rows, read_pieces
 
 CONDITIONS = ("learning", "frozen", "frozen-warmed", "reset")
-"""How a stream may be read; see `stream_curve`."""
+"""Conditions under which a stream is read; see `stream_curve`."""
 
 
 @dataclass(frozen=True)
 class Curve:
     """Bits per byte along a stream.
 
-    positions, bits_per_byte: (bins,), the middle of each bin in tokens and its mean; mean: over the whole
-    stream; num_tokens, num_bytes: what was scored, which is all but the first token; seconds: the reading
-    took.
+    positions, bits_per_byte: (bins,), the middle of each bin in tokens and its mean; mean: over the
+    whole stream; num_tokens, num_bytes: scored, which is all but the first token; seconds:
+    duration.
     """
 
     condition: str
@@ -48,18 +48,19 @@ def stream_curve(
     tokenizer: Tokenizer | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Curve:
-    """Score tokens (T,), of which a memory-mapped array is read piece by piece, under one condition.
+    """Score tokens (T,), of which a memory-mapped array is read piece by piece, under one
+    condition.
 
-    learning: the memories write all along. frozen: they never write, and stay at A_0. frozen-warmed: they
-    write for the first `warm` tokens (None: the first half) and never again. reset: the model's `reset` mask
-    marks the first token of every `segment` tokens, a document's start: memories, convolutions and attention
-    windows all begin anew. A segment's first token is still predicted by what was read before it, so that all
-    conditions score the same tokens: all but the stream's first. A model whose state grows with every token
-    (`ModelConfig.grows`) begins anew at every segment under each condition.
+    learning: memories write throughout. frozen: they never write, and stay at A_0. frozen-warmed:
+    they write for the first `warm` tokens (None: the first half) only. reset: the `reset` mask is
+    true at the first token of every `segment` tokens: memories, convolutions and attention windows
+    restart there. That token is still predicted from what was read before it, so that all
+    conditions score the same tokens: all but the stream's first. A model whose state grows with
+    every token (`ModelConfig.grows`) restarts every `segment` tokens under each condition.
 
-    Bytes are those of the text that `tokenizer` decodes (None: tokens are bytes); within a piece they are
-    spread evenly over its tokens. `progress` is told the tokens read so far. Raises ValueError for values
-    without sense.
+    Bytes are those of the text that `tokenizer` decodes (None: tokens are bytes), spread evenly
+    over the tokens of a piece. `progress` is called with the number of tokens read. Raises
+    ValueError for invalid values.
     """
     ids = as_rows(tokens)
     num_tokens = ids.shape[1]
@@ -72,7 +73,7 @@ def stream_curve(
         None if tokenizer is None or isinstance(tokenizer, ByteTokenizer) else Spelling(tokenizer.decode)
     )
 
-    # At least 2, so that the first bin holds more than the first token, which is not scored.
+    # At least 2, so that the first bin has more than the first token, which is not scored.
     width = max(2, -(-num_tokens // bins))
     bins = -(-num_tokens // width)
     nats, sizes = np.zeros(bins), np.zeros(bins)
@@ -109,7 +110,8 @@ def stream_curve(
 
 
 def _segments(model: LM, ids: NDArray[Any], segment: int, piece: int, write: Mask | None) -> Iterator[Piece]:
-    """Every segment read from nothing: its state is let go, where a reset would only hide it."""
+    """Read every `segment` tokens from a new state; a reset would mask the old keys but keep
+    them."""
     logits: Tensor | None = None
     for start in range(0, ids.shape[1], segment):
         state: LMState = model.initial(len(ids))
@@ -122,7 +124,7 @@ def _segments(model: LM, ids: NDArray[Any], segment: int, piece: int, write: Mas
 
 
 def _masks(condition: str, segment: int, warm: int) -> tuple[Mask | None, Mask | None]:
-    """The masks `write` and `reset` that make a condition."""
+    """The masks `write` and `reset` of a condition."""
     if segment < 1:
         raise ValueError(f"segment must be at least 1 token, got {segment}")
     if warm < 0:

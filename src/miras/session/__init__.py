@@ -1,1 +1,2 @@
-"""Sessions: a memory that is fed for days, forked, rewound, compared, saved, and asked what it remembers."""
+"""Sessions: a memory that can be fed for days, forked, rewound, compared, saved, and tested for
+what it remembers."""

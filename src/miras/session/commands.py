@@ -41,7 +41,7 @@ from miras.stream.terminal import Plain, progress_bar, say, size_text
 
 
 def new(options: NewOptions) -> int:
-    """Make a session's file."""
+    """Create a session's file."""
     set_threads(options.threads)
     with _fresh(options.session):
         model, tokenizer = open_model(options.model, options.trust_remote_code)
@@ -121,7 +121,7 @@ def chat(options: ChatOptions) -> int:
 
 
 def _lines() -> Iterator[bytes]:
-    """The lines of standard input, each with its end; typed ones with a prompt."""
+    """The lines of standard input with their line ends; with a prompt if typed."""
     if not sys.stdin.isatty():
         yield from sys.stdin.buffer
         return
@@ -165,8 +165,8 @@ def rewind(options: RewindOptions) -> int:
 
 
 def show(options: ShowOptions) -> int:
-    """Print what a session is."""
-    while True:  # another process may save it meanwhile: what is shown is of one time
+    """Describe a session."""
+    while True:  # another process may save it meanwhile: show one consistent version
         header, session = read_header(options.session), _loaded(options.session, options)
         if read_header(options.session) == header:
             break
@@ -297,7 +297,7 @@ RUN: dict[str, Callable[[Any], int]] = {
 
 @contextmanager
 def _fresh(path: Path) -> Iterator[None]:
-    """A name for a session that is to be made, held while that lasts. Raises ValueError when it cannot be one."""
+    """Check and lock the name of a new session. Raises ValueError if it is not valid."""
     if path.suffix != SUFFIX:
         raise ValueError(f"{path}: the name of a session ends in {SUFFIX}; call it {path.name}{SUFFIX}")
     if path.exists():
@@ -307,11 +307,12 @@ def _fresh(path: Path) -> Iterator[None]:
 
 
 def _written(path: Path, options: ModelOptions, change: Callable[[Session], None]) -> tuple[Session, str]:
-    """Change the session in a file, which nobody else may write meanwhile, and save it: (session, what to say).
+    """Change the session in a file under its lock, and save it: (session, message).
 
-    It is saved also when a signal ends the change, which is then what the KeyboardInterrupt says.
+    It is also saved when a signal interrupts the change; the KeyboardInterrupt then carries the
+    message.
     """
-    read_header(path)  # what is no session must not get a lock beside it
+    read_header(path)  # do not create a lock beside a file that is not a session
 
     def save() -> str:
         session.save(path)
@@ -323,7 +324,7 @@ def _written(path: Path, options: ModelOptions, change: Callable[[Session], None
 
 
 def _loaded(path: Path, options: ModelOptions) -> Session:
-    """The session in a file, with the model that the options or else the file name."""
+    """The session in a file, with the model given in the options or else in the file."""
     set_threads(options.threads)
     about = read_header(path).about
     folder = Path(about.folder) if options.model is None else options.model
@@ -341,7 +342,7 @@ def _loaded(path: Path, options: ModelOptions) -> Session:
 
 
 def _console() -> Plain:
-    """Standard output, where names are not markup; a file or a pipe has no width to fold columns to."""
+    """Standard output without markup in names; files and pipes have no width to fold columns to."""
     console = Plain(soft_wrap=True)
     return console if console.is_terminal else Plain(soft_wrap=True, width=400)
 

@@ -1,4 +1,5 @@
-"""What a session is made of, how far two of them are apart, and what is left of each episode."""
+"""The memories of a session, the distance between two sessions, and what is left of each
+episode."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,9 +22,10 @@ from miras.stream.run import read
 
 
 def memories(model: LM, state: LMState) -> dict[str, Tree]:
-    """The weights W of each layer's memory, {layer: {weight: (B, H, d_in, d_out)}}; empty for attention alone.
+    """The weights W of each layer's memory, {layer: {weight: (B, H, d_in, d_out)}}; empty for
+    attention alone.
 
-    Of memories side by side the second is called layer.1 and so on, as where they are observed.
+    If a layer has several memories, the second is called layer.1 and so on, as in observations.
     """
     return {
         f"layers.{number}{f'.{i}' if i else ''}": {n: w.detach() for n, w in reader.weights(found).items()}
@@ -37,7 +39,7 @@ def _readers(block: Module) -> list[MemoryReader]:
 
 
 def _states(value: Any) -> Iterator[State]:
-    """The memory's state in a layer's state, however the layer is wired."""
+    """The memory states in a layer's state, for any mixer."""
     if isinstance(value, State):
         yield value
     elif isinstance(value, Record):
@@ -50,9 +52,10 @@ def _states(value: Any) -> Iterator[State]:
 
 @dataclass(frozen=True)
 class Moved:
-    """How far one weight of one layer's memory has moved.
+    """The distance between one weight of one layer's memory in two states.
 
-    size: |W| before, over all heads; distance: |W' - W|; heads: each head's distance as a share of its own size.
+    size: |W| before, over all heads; distance: |W' - W|; heads: each head's distance relative to
+    its own size.
     """
 
     layer: str
@@ -63,12 +66,12 @@ class Moved:
 
     @property
     def share(self) -> float:
-        """The distance as a share of the size."""
+        """The distance relative to the size."""
         return _share(self.distance, self.size)
 
 
 def moved(model: LM, before: LMState, after: LMState) -> list[Moved]:
-    """How far each weight of each layer's memory is in one state from where it is in another, in Frobenius norms."""
+    """The distance of each weight of each layer's memory between two states, in Frobenius norms."""
     there, here = memories(model, before), memories(model, after)
     return [
         _moved(layer, name, w[0], here[layer][name][0])
@@ -92,7 +95,7 @@ def _share(distance: float, size: float) -> float:
 
 
 def outer_distance(before: LM, after: LM) -> float:
-    """How far the outer weights of one model are from those of another, as a share of the first one's size."""
+    """The distance between the outer weights of two models, relative to the norm of the first."""
     there, here = weights(before), weights(after)
     size = sum(float(x.double().square().sum()) for x in there.values()) ** 0.5
     return sum(float((here[n].double() - x.double()).square().sum()) for n, x in there.items()) ** 0.5 / size
@@ -102,10 +105,11 @@ def outer_distance(before: LM, after: LM) -> float:
 class Recalled:
     """What is left of an episode: mean losses in nats on its kept tokens, read without writing.
 
-    now: with the memory as it is; after: as it was right after reading it (measured then, with the weights of then);
-    fresh: with one that never read anything; other: the control, with one that has read as much as the session of
-    another text instead (pages of the embedded novel that the episode is not from, at most `CONTROL` tokens); base:
-    fresh and with the base model's weights, where weights have learned.
+    now: with the memory as it is; after: as it was right after reading it (measured then, with the
+    weights of then); fresh: with one that never read anything; other: the control, with one that
+    has read as much as the session of another text instead (pages of the embedded novel that the
+    episode is not from, at most `CONTROL` tokens); base: fresh and with the base model's weights,
+    where weights have learned.
     What attention has in its window goes with the memory. None where nothing was measured.
     """
 
@@ -121,16 +125,17 @@ class Recalled:
 
     @property
     def left(self) -> float | None:
-        """What the memory is worth for this text beyond what any English text would have taught it: other - now."""
+        """What the memory contributes to this text beyond what any English text would have taught
+        it: other - now."""
         return None if self.other is None or self.now is None else self.other - self.now
 
 
 CONTROL = 8192
-"""Tokens of another text that the control reads at most."""
+"""The most tokens of another text that the control reads."""
 
 
 def recalled(base: LM, model: LM, moment: Moment, tokenizer: Tokenizer) -> list[Recalled]:
-    """What is left at a moment of each episode before it; `model` is the base model with what was learned."""
+    """What is left of each episode at a moment; `model` is the base model plus what was learned."""
     control = _Control(model, tokenizer, min(CONTROL, moment.tokens))
     return [
         Recalled(
@@ -158,7 +163,7 @@ class _Control:
         self.states: dict[int, LMState] = {}
 
     def state(self, kept: Ids) -> LMState | None:
-        """What has read pages that do not hold this text; None for no text."""
+        """The state that has read pages without this text; None for no text."""
         if not len(kept):
             return None
         begin = self.tokenizer.decode(kept[:200].astype(np.int64)).rstrip("\ufffd").encode()
@@ -171,9 +176,10 @@ class _Control:
 
 
 def loss_of(model: LM, ids: Ids, state: LMState | None) -> float | None:
-    """Mean loss in nats of tokens (T,) read behind a state without writing; the first one does not count.
+    """Mean loss in nats of tokens (T,) read after a state without writing, not counting the first.
 
-    A fresh stream has no prediction for it, so it counts nowhere. None when there is no other.
+    A fresh stream does not predict it, so it is left out everywhere. None for fewer than two
+    tokens.
     """
     with observe(False):
         return mean(read(model, ids, state, write=False).losses[0, 1:])

@@ -1,8 +1,9 @@
-"""A session on disk: one safetensors file with its state, its marks, its past and what was learned.
+"""A session on disk: one safetensors file with its state, marks, history and learned weights.
 
-The metadata is that of a stream's state, with the session's own as JSON. Tensors: `moments.N.*` the state of now (0)
-and of each mark, `delta.N.*` what outer weights learned, `episodes.N` the kept tokens of each episode, `past.N.M` the
-segments of a reservoir. What several moments share is there once.
+The metadata is that of a stream's state, with the session's own as JSON. Tensors: `moments.N.*` the
+current state (0) and that of each mark, `delta.N.*` what outer weights learned, `episodes.N` the
+kept tokens of each episode, `past.N.M` the sequences of a reservoir. What several moments share is
+stored once.
 """
 
 import json
@@ -22,19 +23,20 @@ from miras.stream.files import FORMAT_VERSION as STATE_VERSION
 
 FORMAT = "miras-session"
 FORMAT_VERSION = 1
-"""Version of the files that `write` writes; older ones stay readable."""
+"""Format version of files from `write`; older ones stay readable."""
 
 NOUN = "a saved session"
 SUFFIX = ".miras"
-"""How the names of sessions end."""
+"""The suffix of session files."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a session keeps beside its moments.
+    """What a session stores besides its moments.
 
-    model: `model_hash` of its base model; tokenizer: the fingerprint; folder: where the model was last found, ""
-    for unknown; created: when (UTC, ISO 8601); keep: tokens of each episode that are kept.
+    model: `model_hash` of its base model; tokenizer: the fingerprint; folder: the last known folder
+    of the model, "" for unknown; created: when (UTC, ISO 8601); keep: tokens of each episode that
+    are kept.
     """
 
     model: str
@@ -46,10 +48,10 @@ class About:
 
 @dataclass(frozen=True)
 class SessionHeader:
-    """What a session's file says about itself without its tensors.
+    """The header of a session's file.
 
-    tokens: read so far; time: when it was saved; summary: the model in a few words; episodes: names and times, in
-    order; marks {name: tokens read then}; nbytes: of the file.
+    tokens: read so far; time: when it was saved; summary: the model in a few words; episodes: names
+    and times, in order; marks {name: tokens read then}; nbytes: of the file.
     """
 
     about: About
@@ -63,7 +65,7 @@ class SessionHeader:
 
 
 def write(path: Path, model: LM, about: About, moments: Sequence[Moment], marks: Sequence[str]) -> None:
-    """Write a session: the moment of now, then those of its marks, and the marks' names."""
+    """Write a session: the current moment, then those of its marks, and the marks' names."""
     episodes = distinct(e for m in moments for e in m.episodes)
     deltas = distinct(m.delta for m in moments if m.delta)
     pasts = distinct(m.past for m in moments if m.past.seen)
@@ -103,9 +105,10 @@ def write(path: Path, model: LM, about: About, moments: Sequence[Moment], marks:
 
 
 def read(path: Path, model: LM, tokenizer: str) -> tuple[About, list[Moment], list[str]]:
-    """What `write` wrote: (about, moments, the marks' names); of a stream's state, one moment without a past.
+    """Read the output of `write`: (about, moments, the marks' names); for a stream's state, one
+    moment without history.
 
-    Raises as `Session.load`.
+    Raises like `Session.load`.
     """
     kinds = {FORMAT: FORMAT_VERSION, STATE_FORMAT: STATE_VERSION}
     header, tensors = read_sealed(path, kinds, NOUN)
@@ -126,7 +129,7 @@ def read(path: Path, model: LM, tokenizer: str) -> tuple[About, list[Moment], li
             Reservoir(tuple(x.numpy() for x in _below(tensors, f"past.{n}.").values()), seen)
             for n, seen in enumerate(told["past"])
         ]
-        # One object for each, so that moments which share it go on sharing it.
+        # One object for each, so that moments keep sharing it.
         deltas = {
             n: _below(tensors, f"delta.{n}.") for n in {m["delta"] for m in told["moments"]} if n is not None
         }
@@ -148,10 +151,10 @@ def read(path: Path, model: LM, tokenizer: str) -> tuple[About, list[Moment], li
 
 
 def read_header(path: str | Path, *, whole: bool = False) -> SessionHeader:
-    """What a session's file says about itself; `whole` reads all of it, to see that nothing in it has changed.
+    """The header of a session's file; `whole` reads all of the file, to verify its checksum.
 
-    Raises FileNotFoundError when there is none, ValueError, naming it, when it is no session or, as far as was
-    read, corrupt.
+    Raises FileNotFoundError if there is none, and ValueError, naming it, if it is not a session or,
+    as far as was read, corrupt.
     """
     path = Path(path)
     kinds = {FORMAT: FORMAT_VERSION, STATE_FORMAT: STATE_VERSION}
@@ -175,7 +178,7 @@ def read_header(path: str | Path, *, whole: bool = False) -> SessionHeader:
 
 
 def _told(path: Path, header: dict[str, str]) -> tuple[About, dict[str, Any]]:
-    """A session's own part of the header; that of a stream's state is made up."""
+    """The session's part of the header; for a stream's state a default."""
     try:
         if header["format"] == STATE_FORMAT:
             tokens: list[int] = json.loads(header["tokens"])
@@ -194,15 +197,15 @@ def _told(path: Path, header: dict[str, str]) -> tuple[About, dict[str, Any]]:
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that; numbered ones in the order of their numbers."""
+    """The tensors with this prefix, without it; numbered ones in numerical order."""
     found = {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
     return dict(sorted(found.items(), key=lambda item: (int(item[0]) if item[0].isdigit() else -1, item[0])))
 
 
 def find(folder: str | Path) -> list[tuple[Path, SessionHeader | ValueError]]:
-    """The sessions in a folder, by name; for a file that is none any more, what is wrong with it.
+    """The sessions in a folder, by name; for a broken file, what is wrong with it.
 
-    Raises FileNotFoundError when the folder is none.
+    Raises FileNotFoundError if it is not a folder.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The slow loop: outer weights that learn from the stream which the memories read."""
+"""The slow loop: outer weights that learn from the stream that the memories read."""
 
 import copy
 import math
@@ -18,11 +18,12 @@ from miras.train.optimizer import parameter_groups
 
 @dataclass(frozen=True, kw_only=True)
 class Learning:
-    """How the outer weights follow the stream: AdamW, one step per segment.
+    """How the outer weights learn from the stream: AdamW, one step per `segment` tokens.
 
-    lr: learning rate; segment: tokens of a step, through which its gradient flows (the state before them is taken
-    as it is); replay: past segments that are kept in a reservoir, one of which is learned beside each new one; clip:
-    largest norm of the gradient. Raises ValueError for values without sense.
+    lr: learning rate; segment: tokens per step, through which its gradient flows (the state before
+    them is detached); replay: number of past steps' tokens kept in a reservoir, one of which is
+    learned beside each new step; clip: largest norm of the gradient. Raises ValueError for invalid
+    values.
     """
 
     lr: float = 1e-5
@@ -41,7 +42,7 @@ class Learning:
 
 
 class Learner:
-    """A copy of a model that learns, segment by segment."""
+    """A copy of a model that learns step by step."""
 
     def __init__(self, model: LM, learning: Learning) -> None:
         self.model = copy.deepcopy(model).requires_grad_()
@@ -50,10 +51,11 @@ class Learner:
         self._optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
 
     def step(self, segments: list[tuple[NDArray, LMState | None]]) -> None:
-        """One step on segments (T,) of at least 2 tokens, each behind a state, None for a new stream.
+        """One step on sequences (T,) of at least 2 tokens, each after a state, None for a new
+        stream.
 
-        The loss is the mean over all tokens that a token of their own segment predicts. Raises ValueError when a
-        number is not finite; the weights are then those of the step before.
+        The loss is the mean over all tokens predicted within their own sequence. Raises ValueError
+        if a value is not finite; the weights are then those of the previous step.
         """
         count = sum(len(ids) - 1 for ids, _ in segments)
         self._optimizer.zero_grad(set_to_none=True)
@@ -79,7 +81,8 @@ class Learner:
 
 
 def difference(model: LM, base: LM) -> Tree:
-    """What was learned, {weight: model's less base's}, at least in fp32; only weights that differ are in it."""
+    """What was learned, {weight: the model's minus the base's}, at least in fp32; only weights that
+    differ."""
     before = weights(base)
     found: Tree = {}
     for name, x in weights(model).items():
@@ -90,7 +93,7 @@ def difference(model: LM, base: LM) -> Tree:
 
 
 def learned(base: LM, delta: Tree) -> LM:
-    """A base model with what was learned added to its weights; itself when that is nothing."""
+    """A base model plus what was learned; the base model itself if that is nothing."""
     if not delta:
         return base
     model = copy.deepcopy(base)

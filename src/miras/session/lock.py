@@ -7,7 +7,7 @@ from miras.store import lock
 
 
 def hold(path: str | Path) -> AbstractContextManager[None]:
-    """Keep other processes from writing a session's file; raises as `miras.store.lock.hold`."""
+    """Keep other processes from writing a session's file; raises like `miras.store.lock.hold`."""
     return lock.hold(
         path, "a session can have one writer at a time: wait for it, or work on a copy (miras session fork)"
     )

@@ -1,4 +1,4 @@
-"""What a session is at one time, as values: its state, its past, and what was learned."""
+"""A session at one moment, as values: its state, its history, and what was learned."""
 
 import math
 from collections.abc import Iterable
@@ -12,25 +12,25 @@ from miras.core.state import Tree
 from miras.nn.lm import LMState
 
 Ids = NDArray[np.uint8 | np.int32]
-"""Token ids (T,) as they are kept: a byte each where the vocabulary allows it."""
+"""Token ids (T,) as stored: one byte each if the vocabulary allows it."""
 
 KEEP = 4096
-"""Tokens of each episode that are kept unless told otherwise, to ask later what is left of it."""
+"""Default number of tokens kept of each episode, to test later what is left of it."""
 
 
 def compact(ids: NDArray[np.int64], vocab_size: int) -> Ids:
-    """Token ids in the smallest type that is kept."""
+    """Token ids in the smallest stored dtype."""
     return ids.astype(np.uint8 if vocab_size <= 256 else np.int32)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Episode:
-    """One thing that was read, and how well.
+    """One text that was read, and how well it was predicted.
 
-    time: when it began (UTC, ISO 8601); start: tokens that the session had read before; tokens: read in it, those
-    that the model said included; nats, scored: sum and number of the losses of what was fed; kept: its first
-    tokens; after: mean loss of those in nats, read once more without writing when the episode was over (None:
-    too few were kept); learned: segments from which the outer weights learned.
+    time: when it began (UTC, ISO 8601); start: tokens read by the session before; tokens: read in
+    it, including generated ones; nats, scored: sum and number of the losses of what was fed; kept:
+    its first tokens; after: mean loss of these in nats, read again without writing at the end of
+    the episode (None: too few were kept); learned: number of steps of the outer weights.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Episode:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss while it was read, in nats per token; None when nothing in it was predicted."""
+        """Mean loss while it was read, in nats per token; None if nothing in it was predicted."""
         return self.nats / self.scored if self.scored else None
 
     def grown(self, ids: NDArray[np.int64], losses: NDArray[np.float32], keep: int) -> "Episode":
-        """The episode with more tokens (T,) at its end; losses (T,) are NaN where none counts."""
+        """The episode with tokens (T,) appended; losses (T,) are NaN where they do not count."""
         room = max(0, keep - len(self.kept))
         return replace(
             self,
@@ -66,7 +66,7 @@ class Episode:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reservoir:
-    """A bounded sample of the segments seen so far, each of which is in it with the same probability."""
+    """A uniform sample of bounded size of the token sequences seen so far."""
 
     segments: tuple[Ids, ...] = ()
     seen: int = 0
@@ -75,7 +75,7 @@ class Reservoir:
         return f"Reservoir({len(self.segments)} of {self.seen:,} segments)"
 
     def with_segment(self, segment: Ids, size: int) -> "Reservoir":
-        """The sample after one more segment; `size` segments are the most it holds."""
+        """The sample after one more sequence; it holds at most `size`."""
         held = list(self.segments[:size])
         if len(held) < size:
             held.append(segment)
@@ -84,7 +84,7 @@ class Reservoir:
         return Reservoir(tuple(held), self.seen + 1)
 
     def draw(self) -> Ids | None:
-        """One of the segments, the same one until another is added; None when there is none."""
+        """One of the sequences, the same one until another is added; None if there is none."""
         return self.segments[int(self._random().integers(len(self.segments)))] if self.segments else None
 
     def _random(self) -> np.random.Generator:
@@ -93,9 +93,10 @@ class Reservoir:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Moment:
-    """All that a session is at one time: what a mark keeps and a rewind brings back.
+    """Everything a session is at one moment: what a mark stores and a rewind restores.
 
-    delta: what was learned, {weight of the model: difference to the base model's}, empty for nothing.
+    delta: what was learned, {weight of the model: difference from the base model's}, empty for
+    nothing.
     """
 
     state: LMState
@@ -122,11 +123,11 @@ T = TypeVar("T")
 
 
 def distinct(values: Iterable[T]) -> list[T]:
-    """Each object once: what several moments share is held, and saved, once."""
+    """Each object once: what several moments share is stored once."""
     return list({id(value): value for value in values}.values())
 
 
 def mean(losses: NDArray[np.float32]) -> float | None:
-    """The mean of the losses that are numbers, or None without any."""
+    """The mean of the losses that are not NaN, or None without any."""
     value = math.nan if np.isnan(losses).all() else float(np.nanmean(losses, dtype=np.float64))
     return None if math.isnan(value) else value

@@ -1,4 +1,5 @@
-"""A memory that goes on: what it is fed it learns, and it can be forked, rewound, saved and asked."""
+"""A memory that goes on: what it is fed it learns, and it can be forked, rewound, saved and
+asked."""
 
 import copy
 import html
@@ -33,8 +34,9 @@ from miras.stream.generation import generate as generation
 class Fed:
     """What feeding T tokens brought.
 
-    tokens (T,); losses (T,): predictive surprise, the loss in nats that each token had before it was read (NaN for
-    a new session's first one, which nothing predicted); seen: what the memories did, where it was asked for.
+    tokens (T,); losses (T,): predictive surprise, the loss in nats that each token had before it
+    was read (NaN for a new session's first one, which nothing predicted); seen: what the memories
+    did, where it was asked for.
     """
 
     tokens: Ids
@@ -56,7 +58,8 @@ class Fed:
         return mean(self.losses)
 
     def surprise(self, kind: str = "momentary") -> dict[str, Tensor]:
-        """{layer: (heads, T)}: "momentary" |grad_t|, "accumulated" |S_t|, or another name that `observe` knows.
+        """{layer: (heads, T)}: "momentary" |grad_t|, "accumulated" |S_t|, or another name that
+        `observe` knows.
 
         Raises ValueError when it was not observed.
         """
@@ -70,12 +73,13 @@ class Fed:
 
 
 class Session:
-    """One stream through a model, with a past: fed in episodes, marked, forked, rewound, saved and loaded.
+    """One stream through a model, with a past: fed in episodes, marked, forked, rewound, saved and
+    loaded.
 
-    now: all that it is, as one value; marks {name: what it was then}; base: the model it was made with, which is
-    never changed; model: that with what was learned added; keep: tokens of each episode that are kept; folder:
-    where the model was last found, a hint beside its hash. Raises ValueError when the tokenizer has more ids than
-    the model.
+    now: all that it is, as one value; marks {name: what it was then}; base: the model it was made
+    with, which is never changed; model: that with what was learned added; keep: tokens of each
+    episode that are kept; folder: where the model was last found, a hint beside its hash. Raises
+    ValueError when the tokenizer has more ids than the model.
     """
 
     def __init__(self, model: LM, tokenizer: Tokenizer, *, keep: int = KEEP, folder: str = "") -> None:
@@ -134,13 +138,13 @@ class Session:
         learning: Learning | None = None,
         progress: Callable[[Piece], None] | None = None,
     ) -> Fed:
-        """Read a text, or its token ids (T,), or an iterator over blocks of ids, and learn from it.
+        """Read a text, its token ids (T,), or an iterator over arrays of ids, and learn from it.
 
-        It is an episode of that name, or part of the one that is open. At most `piece` tokens are read at once;
-        `observe` watches the memories; with `learning` the outer weights learn too, segment by segment; `progress`
-        is told each piece. Whatever stops it, the session has read whole pieces, and goes on behind the last one.
-        Memory: a piece, and 5 to 8 bytes per token. Raises ValueError for no tokens, ids outside the
-        vocabulary, and a name inside an open episode.
+        It becomes an episode of that name, or part of the open one. At most `piece` tokens are read
+        per call; `observe` records the memories; with `learning` the outer weights learn too;
+        `progress` is called with each piece. If it is interrupted, the session has read whole
+        pieces and continues after the last one. Memory: a piece, and 5 to 8 bytes per token. Raises
+        ValueError for no tokens, ids outside the vocabulary, and a name inside an open episode.
         """
         if self._open and name is not None:
             raise ValueError(f"episode {self.now.episodes[-1].name!r} is open: call feed without a name")
@@ -169,14 +173,15 @@ class Session:
     def _pieces(
         self, ids: Tokens, piece: int, learner: Learner | None, learning: Learning | None
     ) -> Iterator[Piece]:
-        """The pieces of a reading, each one taken; a learner learns from it after it was read."""
+        """The pieces of a reading, each added to the session; a learner learns from each after it
+        was read."""
         if learner is None or learning is None:
             for part in read_pieces(self.model, ids, self.now.state, piece=piece):
                 self._take(part.tokens[0], part.losses[0], part.state)
                 yield part
             return
         for part in read_pieces(learner.model, ids, self.now.state, piece=learning.segment):
-            # Weights, the past and what was read go on together, or none of them does.
+            # Weights, history and state advance together or not at all.
             with Held():
                 segment, past = part.tokens[0], self.now.past
                 if len(segment) > 1:
@@ -192,10 +197,10 @@ class Session:
 
     @contextmanager
     def episode(self, name: str | None = None) -> Iterator[None]:
-        """All that is fed and generated inside is one episode. Raises ValueError inside another one.
+        """Everything fed and generated inside is one episode. Raises ValueError inside another one.
 
-        At its end, however that comes, the loss on its kept tokens is measured with the memory of then, for
-        `recall` to compare with: that reads them once more, without writing. An empty episode leaves no trace.
+        At its end the loss on its kept tokens is measured with the memory of then, for `recall` to
+        compare with; this reads them again, without writing. An empty episode leaves no trace.
         """
         self._closed("another one")
         before = self.now.episodes
@@ -225,9 +230,10 @@ class Session:
     def sample(
         self, num_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[int]:
-        """The tokens of a continuation as they are made, each read (and learned) before the next one.
+        """The tokens of a continuation as they are generated, each read (and learned) before the
+        next.
 
-        Raises ValueError for values without sense, and when nothing was fed yet.
+        Raises ValueError for invalid values, and if nothing was fed yet.
         """
         nothing = np.zeros(0, dtype=np.int64)
         made = generation(
@@ -249,19 +255,21 @@ class Session:
     def generate(
         self, num_tokens: int, *, temperature: float = 1.0, top_p: float = 1.0, seed: int = 0
     ) -> str:
-        """The text of a continuation, which the session has read to the last token. Raises as `sample`."""
+        """The text of a continuation, which the session reads to its last token. Raises like
+        `sample`."""
         spelling = Spelling(self.tokenizer.decode)
         made = self.sample(num_tokens, temperature=temperature, top_p=top_p, seed=seed)
         return "".join(spelling.push(np.array([token])) for token in made) + spelling.rest()
 
     def recall(self) -> list[Recalled]:
-        """What is left of each episode; changes nothing, and reads every kept text three times or four."""
+        """What is left of each episode; changes nothing, and reads every kept text three or four
+        times."""
         return recalled(self.base, self.model, self.now, self.tokenizer)
 
     def diff(self, other: "Session") -> list[Moved]:
-        """How far each layer's memory has moved from here to another session's, by weight and head.
+        """The distance of each layer's memory to another session's, by weight and head.
 
-        Raises ValueError when they have different base models.
+        Raises ValueError if they have different base models.
         """
         if self.hash != other.hash:
             raise ValueError(
@@ -270,7 +278,8 @@ class Session:
         return moved(self.base, self.now.state, other.now.state)
 
     def describe(self) -> dict[str, Any]:
-        """What the session is, in plain values: its past, its marks, bytes of what it holds, |W| of each memory."""
+        """The session in plain values: its history, its marks, its sizes in bytes, |W| of each
+        memory."""
         moments = [self.now, *self.marks.values()]
         episodes = distinct(e for m in moments for e in m.episodes)
         pasts = distinct(m.past for m in moments)
@@ -313,14 +322,14 @@ class Session:
         }
 
     def fork(self) -> "Session":
-        """Another session with the same past; what becomes of one never touches the other."""
+        """Another session with the same history; the two are independent."""
         self._closed("a fork")
         other = copy.copy(self)
         other.marks = dict(self.marks)
         return other
 
     def mark(self, name: str) -> None:
-        """Remember all that the session is now under a name. Raises ValueError for a name that is taken."""
+        """Mark the current moment with a name. Raises ValueError if the name is taken."""
         self._closed("a mark")
         if not name:
             raise ValueError("the name of a mark must not be empty")
@@ -329,20 +338,22 @@ class Session:
         self.marks[name] = self.now
 
     def unmark(self, name: str) -> None:
-        """Forget a mark. Raises ValueError when there is none of that name."""
+        """Delete a mark. Raises ValueError if there is none of that name."""
         self._marked(name)
         del self.marks[name]
 
     def rewind(self, name: str) -> None:
-        """Be again what the session was at a mark, to the bit; marks stay, later ones too. Raises as `unmark`."""
+        """Restore the session at a mark, to the bit; all marks stay, including later ones. Raises
+        like `unmark`."""
         self._closed("a rewind")
         self._adopt(self._marked(name))
 
     def save(self, path: str | Path) -> None:
-        """Write the session to one file, whole or not at all, in place of an older one.
+        """Write the session to one file, atomically, replacing an older one.
 
-        Raises ValueError when another process has that session, or the base model's weights have changed since
-        this one began; OSError, naming the path, when it cannot be written: what was there is then there still.
+        Raises ValueError if another process is writing that session, or if the base model's weights
+        have changed since this one began; OSError, naming the path, if it cannot be written: an
+        older file then remains.
         """
         path = Path(path)
         if (own := model_hash(self.base)) != self.hash:
@@ -361,10 +372,10 @@ class Session:
 
     @staticmethod
     def load(path: str | Path, model: LM, tokenizer: Tokenizer) -> "Session":
-        """The session in a file; the state that `miras stream` saved is one without a past.
+        """Load the session in a file; a state saved by `miras stream` becomes one without history.
 
-        Raises FileNotFoundError when there is none, and ValueError, naming it, when it is corrupt or cut off, of
-        a newer format, or belongs to another model or tokenizer.
+        Raises FileNotFoundError if there is none, and ValueError, naming it, if it is corrupt or
+        truncated, of a newer format, or belongs to another model or tokenizer.
         """
         about, moments, names = files.read(Path(path), model, tokenizer.fingerprint)
         session = Session(model, tokenizer, keep=about.keep, folder=about.folder)
@@ -375,14 +386,15 @@ class Session:
 
     @staticmethod
     def saved(folder: str | Path) -> "list[tuple[Path, files.SessionHeader | ValueError]]":
-        """The sessions in a folder by name, without their tensors; for a broken one, what is wrong with it.
+        """The headers of the sessions in a folder, by name; for a broken file, what is wrong with
+        it.
 
-        Raises FileNotFoundError when the folder is none.
+        Raises FileNotFoundError if it is not a folder.
         """
         return files.find(folder)
 
     def _take(self, ids: NDArray[np.int64], losses: NDArray[np.float32], state: LMState) -> None:
-        """Go on to a state that has read these tokens; those of an open episode belong to it."""
+        """Advance to a state that has read these tokens, adding them to the open episode."""
         episodes = self.now.episodes
         if self._open:
             episodes = (*episodes[:-1], episodes[-1].grown(ids, losses, self.keep))
@@ -399,7 +411,7 @@ class Session:
         return self.marks[name]
 
     def _adopt(self, moment: Moment) -> None:
-        """Be what a moment says, its weights included."""
+        """Restore a moment, including its weights."""
         if moment.delta is not self.now.delta:
             self.model = learned(self.base, moment.delta)
         self.now = moment

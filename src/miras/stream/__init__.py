@@ -1,4 +1,5 @@
-"""Streams: read any number of tokens in constant memory, save what was learned, go on from it, generate."""
+"""Streams: read any number of tokens in constant memory, save what was learned, continue from it,
+generate."""
 
 from miras.nn.reading import Piece, StreamState, read_pieces
 from miras.stream.files import StateHeader, load_state, read_header, save_state

@@ -1,4 +1,4 @@
-"""A stream's state on disk: one safetensors file that belongs to one model, and goes on where it stopped."""
+"""A stream's state on disk: one safetensors file that belongs to one model."""
 
 import hashlib
 import json
@@ -19,19 +19,20 @@ from miras.nn.reading import StreamState
 from miras.store.files import check_place, write_atomically
 
 BROKEN = (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError)
-"""What comes of taking a header apart that is not what it should be."""
+"""Errors raised by parsing a malformed header."""
 
 FORMAT = "miras-state"
 FORMAT_VERSION = 1
-"""Version of the files that `save_state` writes; older ones stay readable."""
+"""Format version of files from `save_state`; older ones stay readable."""
 
 
 @dataclass(frozen=True)
 class StateHeader:
-    """What a state's file says about itself.
+    """The header of a state's file.
 
-    model: `model_hash` of the model it belongs to; tokens: read by each of its streams; time: when it was
-    saved (UTC, ISO 8601); summary: the model in a few words; extra: what the caller wrote beside it.
+    model: `model_hash` of the model it belongs to; tokens: read by each of its streams; time: when
+    it was saved (UTC, ISO 8601); summary: a short description of the model; extra: further metadata
+    from the caller.
     """
 
     format_version: int
@@ -45,11 +46,12 @@ class StateHeader:
 def save_state(
     path: str | Path, state: LMState, model: LM, *, extra: Mapping[str, str] | None = None
 ) -> StateHeader:
-    """Write a state to one file, whole or not at all, with the hash of its model and a checksum of
+    """Write a state to one file, atomically, with the hash of its model and a checksum of
     everything.
 
-    Short floating types are written as fp32, which holds them exactly. A StreamState keeps the logits of its
-    next token, so that going on loses nothing. Raises ValueError for the state of a model of another kind or size.
+    16-bit floats are written as fp32, which holds them exactly. A StreamState keeps the logits of
+    its next token, so nothing is lost by continuing. Raises ValueError for the state of a model
+    with another structure or size.
     """
     if reason := model.model.misfit(state):
         raise ValueError(f"{path} is not written: the state belongs to another model: {reason}")
@@ -73,7 +75,8 @@ def save_state(
 
 
 def check_state_place(flag: str, path: Path | None) -> None:
-    """Raise ValueError, before work starts, when a state cannot be written to `path` or something else is there."""
+    """Raise ValueError, before work starts, if a state cannot be written to `path` or another file
+    is there."""
     if path is not None:
         check_place(flag, path, _is_state, "a stream's state")
 
@@ -87,15 +90,15 @@ def _is_state(path: Path) -> bool:
 
 
 def read_header(path: str | Path) -> StateHeader:
-    """What a state's file says about itself, without its tensors. Raises as `load_state` does."""
+    """The header of a state's file, without its tensors. Raises like `load_state`."""
     return _read(Path(path), with_tensors=False)[0]
 
 
 def load_state(path: str | Path, model: LM) -> tuple[LMState, StateHeader]:
-    """The state in a file, on the model's device, and the file's header.
+    """Load the state in a file, on the model's device, and the file's header.
 
-    Raises FileNotFoundError when there is none, and ValueError when it is corrupt or cut off, of a newer
-    format, or belongs to another model.
+    Raises FileNotFoundError if there is none, and ValueError if it is corrupt or truncated, of a
+    newer format, or belongs to another model.
     """
     path = Path(path)
     header, tensors = _read(path, with_tensors=True)
@@ -104,7 +107,7 @@ def load_state(path: str | Path, model: LM) -> tuple[LMState, StateHeader]:
 
 
 def check_model(path: Path, wanted: str, about: str, model: LM) -> str:
-    """The model's hash. Raises ValueError when it is not the one a file was saved with."""
+    """The model's hash. Raises ValueError if a file was saved with another one."""
     if (own := model_hash(model)) != wanted:
         raise ValueError(
             f"{path} belongs to another model: it was saved with model {wanted} ({about}), "
@@ -114,16 +117,18 @@ def check_model(path: Path, wanted: str, about: str, model: LM) -> str:
 
 
 def restored(model: LM, rows: int, tensors: Mapping[str, Tensor], path: Path) -> LMState:
-    """A model's state of that many streams filled from a file's tensors, a StreamState if they hold its logits.
+    """A model's state with that many rows, filled from a file's tensors; a StreamState if they
+    include logits.
 
-    On the model's device, in the types that the model's states have. Raises ValueError when they do not fit.
+    On the model's device, in the dtypes of the model's states. Raises ValueError if they do not
+    fit.
     """
     state: LMState = model.initial(rows)
     if "logits" in tensors:
         none = model.lm_head.weight.new_zeros(0, 0, dtype=torch.float32)
         state = StreamState(state.layers, state.tokens, none, place=state.place)
     shape = state.tensors()
-    odd = list((tensors.keys() ^ shape.keys()) - {"place"})  # which older files leave to the layers
+    odd = list((tensors.keys() ^ shape.keys()) - {"place"})  # which older files do not have
     odd += [n for n in tensors.keys() & shape.keys() if tensors[n].dim() != shape[n].dim()]
     if odd:
         raise ValueError(
@@ -133,21 +138,21 @@ def restored(model: LM, rows: int, tensors: Mapping[str, Tensor], path: Path) ->
 
 
 def summary(model: LM) -> str:
-    """A model in a few words."""
+    """A short description of a model."""
     config = model.config
     mixers = " ".join(each.name for each in config.pattern)
     return f"{mixers}, hidden {config.hidden_size}, layers {config.num_hidden_layers}"
 
 
 def now() -> str:
-    """The time as files tell it: UTC, ISO 8601."""
+    """The time as written in files: UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_sealed(
     path: Path, kind: str, version: int, tensors: Mapping[str, Tensor], told: Mapping[str, str]
 ) -> None:
-    """Write tensors and what is told about them to one safetensors file, whole or not at all, with a checksum."""
+    """Write tensors and metadata to one safetensors file, atomically, with a checksum."""
     stored = {name: _storable(x) for name, x in tensors.items()}
     metadata = {"format": kind, "format_version": str(version), **told}
     metadata["header_sha256"] = _digest({}, metadata)
@@ -158,10 +163,12 @@ def write_sealed(
 def read_sealed(
     path: Path, kinds: Mapping[str, int], noun: str, with_tensors: bool = True
 ) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What `write_sealed` wrote, of one of these formats and up to its version here: (told, tensors).
+    """Read the output of `write_sealed`, of one of these formats up to this version: (metadata,
+    tensors).
 
-    Without tensors only the header's own checksum is looked at. Raises FileNotFoundError when there is no file, and
-    ValueError, naming it as no `noun`, when it is corrupt, cut off, of another format or a newer version.
+    Without tensors only the header's own checksum is verified. Raises FileNotFoundError if there is
+    no file, and ValueError, calling it a `noun`, if it is corrupt, truncated, of another format or
+    a newer version.
     """
     if not path.is_file():
         if path.is_dir():
@@ -172,7 +179,8 @@ def read_sealed(
         with safe_open(path, "pt") as file:
             told = dict(file.metadata() or {})
             names = list(file.keys()) if with_tensors else []
-            # Copies: what is mapped changes, or ends the program, when another one writes over the file.
+            # Copies: a mapped tensor changes, or crashes the program, if another process overwrites
+            # the file.
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt or cut off: {error}") from error
@@ -214,7 +222,7 @@ def _read(path: Path, with_tensors: bool) -> tuple[StateHeader, dict[str, Tensor
 def _storable(x: Tensor) -> Tensor:
     x = x.detach().cpu()
     x = x.float() if x.is_floating_point() and x.element_size() < 4 else x
-    # At a chunk's start A and the anchor are the same tensor, which a file must hold twice.
+    # At a chunk's start A and the anchor are the same tensor, which must be stored twice.
     return x.clone(memory_format=torch.contiguous_format)
 
 

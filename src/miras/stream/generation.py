@@ -1,4 +1,4 @@
-"""Sampling a continuation, one token a call, at a cost that does not grow with what was read."""
+"""Sampling a continuation, one token per call, at constant cost per token."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from miras.nn.threads import check_seed
 
 
 class Generation(Iterator[int]):
-    """The tokens of a continuation as they are made; `state` has read all that were handed out."""
+    """The tokens of a continuation as they are generated; `state` has read all that were
+    returned."""
 
     def __init__(
         self,
@@ -27,7 +28,7 @@ class Generation(Iterator[int]):
         self.state = state
         self._model, self._left = model, num_tokens
         self._temperature, self._top_p = temperature, top_p
-        # Its own, and on the CPU, so that a seed means the same everywhere.
+        # A generator of its own, on the CPU, so that a seed gives the same result everywhere.
         self._random = torch.Generator().manual_seed(seed)
 
     def __next__(self) -> int:
@@ -53,12 +54,13 @@ def generate(
     state: LMState | None = None,
     compiled: bool = False,
 ) -> Generation:
-    """Read a prompt (T,) behind `state`, then sample `num_tokens` tokens, learning all the while.
+    """Read a prompt (T,) after `state`, then sample `num_tokens` tokens; the memory learns
+    throughout.
 
-    `temperature` 0 takes the most likely token each time; `top_p` samples from the smallest set of tokens
-    that has this much of the probability. The prompt may be empty when `state` is a StreamState, which knows
-    what comes next. `compiled`: the tokens run as one compiled graph (`miras.Compiled`). Raises ValueError for
-    values that make no sense and ids outside the vocabulary.
+    `temperature` 0 always takes the most likely token; `top_p` samples from the smallest set of
+    tokens with at least this total probability. The prompt may be empty if `state` is a
+    StreamState, which has logits for the next token. `compiled`: run single tokens as one compiled
+    graph (`miras.Compiled`). Raises ValueError for invalid values and ids outside the vocabulary.
     """
     check_sampling(num_tokens, temperature, top_p, seed)
     ids = as_rows(prompt)
@@ -74,7 +76,7 @@ def generate(
 
 
 def check_sampling(num_tokens: int, temperature: float, top_p: float, seed: int) -> None:
-    """Raise ValueError for values that make no sense."""
+    """Raise ValueError for invalid values."""
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
     if not (math.isfinite(temperature) and temperature >= 0):
@@ -91,6 +93,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Gener
     share = (logits.cpu().double() / temperature).softmax(-1)
     if top_p < 1:
         ranked, order = share.sort(descending=True, stable=True)
-        # A token is out when those before it have the mass already; the first one never is.
+        # A token is excluded if those before it already have the mass; the first never is.
         share[order[ranked.cumsum(0) - ranked >= top_p]] = 0
     return int(torch.multinomial(share, 1, generator=random))

@@ -15,10 +15,10 @@ from miras.nn.reading import Mask, Tokens, read_pieces
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reading:
-    """What T tokens of each of B streams brought.
+    """The result of reading T tokens of each of B streams.
 
-    losses: (B, T) in nats; NaN for the first token of a new stream, which nothing predicted. state: a
-    StreamState, from which the next reading goes on. seen: what the memories did, if it was asked for.
+    losses: (B, T) in nats; NaN for the first token of a new stream, which nothing predicts. state:
+    a StreamState, from which the next reading continues. seen: what the memories did, if observed.
     """
 
     losses: NDArray[np.float32]
@@ -34,7 +34,7 @@ class Reading:
 
 
 def never(places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The mask that is true nowhere."""
+    """The mask that is false everywhere."""
     return np.zeros(len(places), dtype=np.bool_)
 
 
@@ -48,10 +48,12 @@ def read(
     progress: Callable[[int], None] | None = None,
     observe: bool = False,
 ) -> Reading:
-    """Read tokens (T,), or (B, T) for B streams, or an iterator over blocks of them, as `read_pieces` does.
+    """Read tokens (T,), or (B, T) for B streams, or an iterator over arrays of them, like
+    `read_pieces`.
 
-    `write=False` reads without learning; `progress` is told the tokens read so far. Memory: one piece, and 4
-    bytes per token for its loss; with `observe`, all that the observation holds too.
+    `write=False` reads without learning; `progress` is called with the number of tokens read.
+    Memory: one piece, and 4 bytes per token for its loss; with `observe`, also the whole
+    observation.
     """
     mask: Mask | None = None if write else never
     losses: list[NDArray[np.float32]] = []

@@ -1,4 +1,4 @@
-"""What a reading begins with: a model folder with its tokenizer, and a text of any length as tokens."""
+"""Inputs of a reading: a model folder with its tokenizer, and a text of any length as tokens."""
 
 import io
 import os
@@ -17,11 +17,12 @@ from miras.nn.folder import load_model
 from miras.nn.lm import LM
 
 BLOCK = 1 << 16
-"""Bytes of a text that are read from disk at once."""
+"""Bytes of a text read from disk at once."""
 
 
 def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[LM, Tokenizer]:
-    """A folder's model, and its `tokenizer.json` or else bytes. Raises ValueError when they do not fit."""
+    """A folder's model, and its `tokenizer.json` or else bytes. Raises ValueError if they do not
+    fit."""
     model = load_model(folder, trust_remote_code=trust_remote_code)
     file = folder / "tokenizer.json"
     tokenizer = load_tokenizer(file if file.is_file() else None)
@@ -34,7 +35,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> tuple[LM, Token
 
 
 def text_file(name: str) -> Path:
-    """The file of a text, or a pipe. Raises FileNotFoundError or ValueError when it is neither."""
+    """The file of a text, or a pipe. Raises FileNotFoundError or ValueError if it is neither."""
     path = Path(name).expanduser()
     if path.is_dir():
         raise ValueError(f"{name} is a folder; give one file, or '-' for standard input")
@@ -44,7 +45,8 @@ def text_file(name: str) -> Path:
 
 
 def text_length(name: str) -> int | None:
-    """Bytes of text in a file, where that is known before its end: not of pipes and packed files."""
+    """The number of bytes of text in a file, if known in advance: not for pipes and compressed
+    files."""
     if name == "-" or is_pipe(text_file(name)):
         return None
     path = text_file(name)
@@ -55,15 +57,16 @@ def text_length(name: str) -> int | None:
 
 
 def open_text(name: str) -> IO[bytes]:
-    """A text's bytes, unpacked; '-' is standard input. Raises as `text_file`."""
+    """A text's bytes, decompressed; '-' is standard input. Raises like `text_file`."""
     if name != "-":
         return open_unpacked(text_file(name))
-    # Unbuffered: what has arrived is read, not waited for until a block is full.
+    # Unbuffered: read what has arrived instead of waiting for a full block.
     return open_unpacked(cast(io.RawIOBase, os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)))
 
 
 def text_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
-    """What is in a file, block by block, in UTF-8. Raises ValueError when it is damaged, empty or an archive."""
+    """The contents of a file, block by block, in UTF-8. Raises ValueError if it is damaged, empty
+    or an archive."""
     shown = "standard input" if name == "-" else name
     try:
         blocks = iter(lambda: file.read(BLOCK), b"")
@@ -78,12 +81,13 @@ def text_blocks(file: IO[bytes], name: str) -> Iterator[bytes]:
         yield from as_utf8(chain([first], blocks))
     except DAMAGE as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk, not what is in the file
+            raise  # a disk error, not damaged contents
         raise ValueError(f"{shown} is damaged or not what its name says ({error})") from error
 
 
 def text_tokens(blocks: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[NDArray[np.int64]]:
-    """The tokens of a text that comes in blocks, cut where words end, so that the cuts change no token."""
+    """The tokens of a text that comes in blocks of bytes, split at word ends so that the splits
+    change no token."""
     if isinstance(tokenizer, ByteTokenizer):
         yield from map(tokenizer.encode, blocks)
         return
@@ -92,7 +96,7 @@ def text_tokens(blocks: Iterator[bytes], tokenizer: Tokenizer) -> Iterator[NDArr
         rest += block
         cut = max((match.end() for match in WORD_END.finditer(rest)), default=0)
         if not cut and len(rest) > 16 * BLOCK:
-            # A script without spaces: cut before the last character, which may not be whole.
+            # A script without spaces: split before the last character, which may be incomplete.
             cut = len(rest) - 1
             while cut > 1 and rest[cut] & 0xC0 == 0x80:
                 cut -= 1

@@ -1,4 +1,4 @@
-"""How commands speak while they read: a live bar, text as it is made, sizes."""
+"""Terminal output of commands: a progress bar, text as it is generated, sizes."""
 
 import sys
 from typing import Any
@@ -11,25 +11,25 @@ from miras.store.terminal import printable
 
 
 class Plain(Console):
-    """Where names are not markup, and nothing that a file says commands the terminal."""
+    """A console without markup in names and without control characters from files."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Text for what is printed and for what is in tables."""
+        """Plain text for printed values and tables."""
         return super().render_str(printable(text) if self.is_terminal else text, **options)
 
 
 def progress_bar() -> Progress:
-    """A live display on standard error, where it does not mix with what is printed."""
+    """A live display on standard error, separate from printed output."""
     columns = ("{task.description}", BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def say(text: str) -> None:
-    """Print at once; on a terminal without the control characters, which a model may make up."""
+    """Print immediately; on a terminal without control characters, which a model may generate."""
     if sys.stdout.isatty():
         text = printable(text)
     sys.stdout.write(text)
@@ -37,7 +37,7 @@ def say(text: str) -> None:
 
 
 def size_text(count: int) -> str:
-    """Bytes in the unit that suits them, such as 1.2 MiB."""
+    """Bytes in a suitable unit, such as 1.2 MiB."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024 or unit == "GiB":

@@ -30,7 +30,8 @@ from miras.zoo import match_size, parameters, preset
 LARGEST_NORM = 100.0
 """Of the outer gradient after the first ten steps. A memory that learns has about 1."""
 WEIGHT_RANGE = (0.2, 10.0)
-"""|W| along a stream: at least so many times what it began with, at most so many times what it was early."""
+"""|W| along a stream: at least so many times what it began with, at most so many times what it was
+early."""
 LARGEST_STEP = 0.5
 """The median of |step| / |W| over tokens."""
 NEAR = {True: 1.05, False: 1.15}
@@ -56,8 +57,9 @@ FOLLOWED = (
 class Sensitivity(NamedTuple):
     """What a change of 1e-10 at token 5 becomes, in fp64.
 
-    change: relative change of the logits (T,), the largest of all rows. state: relative change of the state at the
-    end. growth: nats per 1,000 tokens, from the first `WINDOW` tokens behind the change to the last.
+    change: relative change of the logits (T,), the largest of all rows. state: relative change of
+    the state at the end. growth: nats per 1,000 tokens, from the first `WINDOW` tokens behind the
+    change to the last.
     """
 
     change: list[float]
@@ -70,7 +72,8 @@ class Sensitivity(NamedTuple):
 
 
 class Range(NamedTuple):
-    """|W| of a layer along a stream: at its first token, after `WINDOW`, the extremes of its heads, and at last."""
+    """|W| of a layer along a stream: at its first token, after `WINDOW`, the extremes of its heads,
+    and at last."""
 
     first: float
     early: float
@@ -90,11 +93,12 @@ class Problem(NamedTuple):
 class TrainingCheck:
     """What `check_training` measured.
 
-    loss: bits per byte of each step. reference: those of Gated DeltaNet's last ten steps, of equal size on the
-    same bytes; None where it was not asked for. norms: the outer gradient's norm at each step before clipping, by
-    group and for "all". clipped: the share of steps whose gradient was clipped. weight: |W| by layer along `HORIZON`
-    tokens after training. step: the median of |step| / |W| by layer there. fresh, trained: sensitivity before and
-    after; None where that was not asked for.
+    loss: bits per byte of each step. reference: those of Gated DeltaNet's last ten steps, of equal
+    size on the same bytes; None where it was not asked for. norms: the outer gradient's norm at
+    each step before clipping, by group and for "all". clipped: the share of steps whose gradient
+    was clipped. weight: |W| by layer along `HORIZON` tokens after training. step: the median of
+    |step| / |W| by layer there. fresh, trained: sensitivity before and after; None where that was
+    not asked for.
     """
 
     config: ModelConfig
@@ -117,7 +121,8 @@ class TrainingCheck:
 
     @property
     def largest_norm(self) -> float:
-        """The largest norm of the outer gradient after the first ten steps; inf for a training that failed."""
+        """The largest norm of the outer gradient after the first ten steps; inf for a training that
+        failed."""
         return math.inf if self.failed else max(self.norms["all"][10:], default=math.nan)
 
     def problems(self) -> list[Problem]:
@@ -159,11 +164,13 @@ def check_training(
     reference: bool = True,
     sensitivity: bool = True,
 ) -> TrainingCheck:
-    """Train a preset (small: `CHECK_SIZES`) or a config for a few steps, states carried, and say what was seen.
+    """Train a preset (small: `CHECK_SIZES`) or a config for a few steps, states carried, and say
+    what was seen.
 
-    tokens: ids (N,) to train on, of which the last `HORIZON` are kept to look at the memory; without them, the
-    embedded novel, as bytes. reference: train Gated DeltaNet of equal size on the same tokens. Deterministic for one
-    number of threads. Raises ValueError for what cannot be trained, or has no memory.
+    tokens: ids (N,) to train on, of which the last `HORIZON` are kept to look at the memory;
+    without them, the embedded novel, as bytes. reference: train Gated DeltaNet of equal size on the
+    same tokens. Deterministic for one number of threads. Raises ValueError for what cannot be
+    trained, or has no memory.
     """
     config = preset(model).changed(CHECK_SIZES) if isinstance(model, str) else model
     if not config.memories():
@@ -207,7 +214,8 @@ def check_training(
 
 @torch.no_grad()
 def follow_change(model: LM, tokens: Tensor, size: float = CHANGE, at: int = CHANGED_AT) -> Sensitivity:
-    """Read tokens (B, T) twice in fp64, the second time with the embedding of token `at` changed by `size`."""
+    """Read tokens (B, T) twice in fp64, the second time with the embedding of token `at` changed by
+    `size`."""
     twin = copy.deepcopy(model).double()
     x = twin.model.embed_tokens(tokens)
     noise = torch.randn(x[:, at].shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
@@ -354,11 +362,13 @@ def _problems(check: TrainingCheck) -> Any:
 def written_once(
     config: ModelConfig, pairs: int = 8, *, width: int = 32, draws: int = 64, seed: int = 0
 ) -> float:
-    """The share of random pairs that a config's fresh memory answers after it was written each of them once.
+    """The share of random pairs that a config's fresh memory answers after it was written each of
+    them once.
 
-    No training: keys and values are random, of length 1 and `width` channels; lr is the largest that the config's
-    gate gives, forget and the bias's gates are at their first values, and there is no momentum and no step bound. A
-    key is answered when what is read is nearer to its own value than to the others. The mean of `draws` memories.
+    No training: keys and values are random, of length 1 and `width` channels; lr is the largest
+    that the config's gate gives, forget and the bias's gates are at their first values, and there
+    is no momentum and no step bound. A key is answered when what is read is nearer to its own value
+    than to the others. The mean of `draws` memories.
     """
     memory = config.memories()[0]
     rule, made = memory.rule, memory.made()

@@ -1,7 +1,8 @@
 """Checkpoints that hold everything a run needs to go on as if it had not stopped.
 
-A checkpoint is a model folder (config.json, model.safetensors) with `training.safetensors` (optimizer, lane
-states, random state) and `training.json` (step, task, options, a hash of each file).
+A checkpoint is a model folder (config.json, model.safetensors) with `training.safetensors`
+(optimizer, lane states, random state) and `training.json` (step, task, options, a hash of each
+file).
 """
 
 import hashlib
@@ -40,9 +41,11 @@ def save_checkpoint(
     extra: dict[str, bytes],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `meta["step"]`, whole or not at all, and drop all but the newest `keep`.
+    """Write the checkpoint of `meta["step"]`, whole or not at all, and drop all but the newest
+    `keep`.
 
-    One that is there already, whole and the same, stays as it is. What killed saves left is removed.
+    One that is there already, whole and the same, stays as it is. What killed saves left is
+    removed.
     """
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     names = {id(p): name for name, p in model.named_parameters()}
@@ -78,7 +81,8 @@ def _holds(path: Path, hashes: dict[str, str]) -> bool:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. ValueError names the file that is not whole, and an older checkpoint."""
+    """What a checkpoint says of itself. ValueError names the file that is not whole, and an older
+    checkpoint."""
     file = path / "training.json"
     try:
         meta: Any = json.loads(read_checked(file))
@@ -138,7 +142,8 @@ def _refused(path: Path, why: str) -> ValueError:
 def load_checkpoint(
     path: Path, trust_remote_code: bool = False
 ) -> tuple[LM, dict[str, Tensor], dict[str, Any]]:
-    """The model, the training tensors and the meta data of a checkpoint. ValueError as `read_meta` raises it."""
+    """The model, the training tensors and the meta data of a checkpoint. ValueError as `read_meta`
+    raises it."""
     meta = read_meta(path)
     if missing := {"config.json", "model.safetensors", "training.safetensors"} - meta["sha256"].keys():
         raise _refused(path, f"{path / 'training.json'} lacks the hash of {', '.join(sorted(missing))}")

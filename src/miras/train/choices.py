@@ -1,6 +1,8 @@
-"""A memory composed on the command line: `--memory mlp --memory.depth 3 --gates.lr.bias -1.5`, as flags and in YAML.
+"""A memory composed on the command line: `--memory mlp --memory.depth 3 --gates.lr.bias -1.5`, as
+flags and in YAML.
 
-No torch here, so that help is quick: what there is to choose is read from the sources of `core` and `nn`.
+No torch here, so that help is quick: what there is to choose is read from the sources of `core` and
+`nn`.
 """
 
 import ast
@@ -32,8 +34,8 @@ Texts = dict[str, str]
 def take(arguments: list[str]) -> tuple[list[str], Texts]:
     """The arguments without the flags that compose a memory, and what those say.
 
-    A flag of a field without a value is true, --algorithm.no-momentum is false. Raises ValueError for a flag that
-    names no choice.
+    A flag of a field without a value is true, --algorithm.no-momentum is false. Raises ValueError
+    for a flag that names no choice.
     """
     rest: list[str] = []
     found: Texts = {}
@@ -60,7 +62,8 @@ def take(arguments: list[str]) -> tuple[list[str], Texts]:
 
 
 def flattened(values: Mapping[Any, Any], head: str = "") -> Texts:
-    """What a YAML file says, as flags say it: {memory: {name: mlp, depth: 3}} and {memory: mlp, memory.depth: 3}."""
+    """What a YAML file says, as flags say it: {memory: {name: mlp, depth: 3}} and {memory: mlp,
+    memory.depth: 3}."""
     found: Texts = {}
     for key, value in values.items():
         name = head if key == "name" and head else f"{head}.{key}" if head else str(key)
@@ -73,7 +76,8 @@ def flattened(values: Mapping[Any, Any], head: str = "") -> Texts:
 
 
 def over(lower: Texts, higher: Texts) -> Texts:
-    """What the higher say, then the lower; another choice on an axis leaves the fields of the lower one's out."""
+    """What the higher say, then the lower; another choice on an axis leaves the fields of the lower
+    one's out."""
     other = [axis for axis in AXES if axis in higher and folded(higher[axis]) != folded(lower.get(axis, ""))]
     kept = {name: text for name, text in lower.items() if name.partition(".")[0] not in other}
     return kept | higher

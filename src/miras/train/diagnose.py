@@ -13,7 +13,8 @@ def _first_token(broken: Tensor) -> int:
 
 
 def first_non_finite(model: LM, tokens: Tensor, state: LMState | None, **masks: Tensor) -> str:
-    """A sentence that names the first layer, head and token whose numbers are not finite in a forward pass."""
+    """A sentence that names the first layer, head and token whose numbers are not finite in a
+    forward pass."""
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return f"parameter {name} is not finite"

@@ -23,7 +23,8 @@ class NonFiniteError(RuntimeError):
 
 
 class Run:
-    """A model in training: what changes from step to step, and how to save and restore all of it."""
+    """A model in training: what changes from step to step, and how to save and restore all of
+    it."""
 
     def __init__(self, model: LM, task: Task, settings: Settings) -> None:
         self.model, self.task, self.settings = model, task, settings
@@ -33,7 +34,8 @@ class Run:
         self.tokens = 0
 
     def advance(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Raises NonFiniteError, the model then untouched by the step."""
+        """One optimizer step; returns its metrics. Raises NonFiniteError, the model then untouched
+        by the step."""
         began = time.perf_counter()
         task, settings = self.task, self.settings
         self.optimizer.zero_grad(set_to_none=True)
@@ -74,13 +76,15 @@ class Run:
         return metrics
 
     def check(self) -> None:
-        """Raise NonFiniteError when the next step's loss is not finite: nothing good can go on from here."""
+        """Raise NonFiniteError when the next step's loss is not finite: nothing good can go on from
+        here."""
         with torch.no_grad():
             for micro in range(self.task.micro_batches):
                 self._forward(as_tensors(self.task.batch(self.step, micro)), micro)
 
     def _forward(self, data: dict[str, Tensor], micro: int) -> tuple[Tensor, Tensor, Tensor, LMState]:
-        """Of a micro-batch: the summed weighted loss in nats, openness, predicted ids (B, T), the state behind it."""
+        """Of a micro-batch: the summed weighted loss in nats, openness, predicted ids (B, T), the
+        state behind it."""
         state = self.task.states[micro]
         masks = _needed(data, state is None)
         device = data["tokens"].device.type
@@ -103,7 +107,8 @@ class Run:
 
     @staticmethod
     def load(path: Path, task: Task, settings: Settings, trust_remote_code: bool = False) -> "Run":
-        """The run that a checkpoint holds, to go on exactly; `trust_remote_code` as in `load_model`."""
+        """The run that a checkpoint holds, to go on exactly; `trust_remote_code` as in
+        `load_model`."""
         model, tensors, meta = load_checkpoint(path, trust_remote_code)
         run = Run(model, task, settings)
         task.restore(meta["task"])

@@ -13,9 +13,11 @@ from miras.nn.mixer import Projection
 def parameter_groups(
     model: nn.Module, lr: float, own_lr: float, weight_decay: float
 ) -> list[dict[str, object]]:
-    """Matrices, with weight decay; and gates, norms, convolutions, persistent tokens and initial memories, without.
+    """Matrices, with weight decay; and gates, norms, convolutions, persistent tokens and initial
+    memories, without.
 
-    The second group has the learning rate lr * own_lr. Each parameter is in one group, in the model's order.
+    The second group has the learning rate lr * own_lr. Each parameter is in one group, in the
+    model's order.
     """
     own: set[int] = set()
     for module in model.modules():
@@ -43,7 +45,8 @@ def parameter_groups(
 
 
 def schedule(step: int, steps: int, warmup: int, lowest: float) -> float:
-    """The share of the peak learning rate at a step: linear to 1 over `warmup`, then a cosine to `lowest`."""
+    """The share of the peak learning rate at a step: linear to 1 over `warmup`, then a cosine to
+    `lowest`."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     done = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
     return rise * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,4 +1,4 @@
-"""A price on writing: memories that write nothing on filler keep what they hold for longer."""
+"""A penalty on writing: memories that do not write on filler keep their contents longer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,8 @@ from miras.nn.gates import Gates
 
 
 class Openness:
-    """The gates of every memory of a model during one forward pass, as shares of their largest value."""
+    """How far the gates of a model open in one forward pass, as fractions of their largest
+    value."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
@@ -24,13 +25,14 @@ class Openness:
                 self.parts.append(values[name].mean() / largest)
 
     def mean(self) -> Tensor:
-        """Their sum over kinds, averaged over memories and weights; 0 for a model without memory."""
+        """Their sum over `lr` and `forget`, averaged over memories and weights; 0 for a model
+        without memory."""
         return 2 * torch.stack(self.parts).mean() if self.parts else torch.zeros(())
 
 
 @contextmanager
 def openness(model: nn.Module) -> Iterator[Openness]:
-    """Collect how far the gates open inside the block; gradients flow through it."""
+    """Record how far the gates open inside the `with` block; gradients flow through it."""
     seen = Openness()
 
     def note(module: nn.Module, _: object, values: dict[str, Tensor]) -> None:

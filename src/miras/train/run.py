@@ -1,4 +1,5 @@
-"""`miras train`: from options to a trained model folder, with a live bar, metrics and checkpoints."""
+"""`miras train`: from options to a trained model folder, with a live bar, metrics and
+checkpoints."""
 
 import dataclasses
 import json
@@ -36,28 +37,29 @@ from miras.zoo import override, preset
 INTERRUPTED = 130
 FAILED = 1
 
-# What may change between a run and its continuation without changing the numbers.
+# Options that may differ between a run and its continuation without changing the results.
 _FREE = ("out", "resume", "threads", "checkpoint_every", "keep", "cache", "model", "trust_remote_code")
 
-# What a continuation is told anew: where it is, and what is trusted.
+# Options that a continuation must be given again: the folder, and what is trusted.
 _TOLD = ("out", "resume", "model", "trust_remote_code")
 
 _PATHS = ("tokenizer", "cache")
 
 
 def train(options: TrainOptions) -> int:
-    """Train as the options say; the exit status (0, 1 for a non-finite loss, 130 when interrupted)."""
+    """Train with the given options; returns the exit status (0, 1 for a non-finite loss, 130 if
+    interrupted)."""
     console = Plain(stderr=True, soft_wrap=True)
     _check(options)
     set_threads(options.threads)
     advice = "a run can have one writer at a time: wait for it, or choose another --out"
     with hold(options.out / "run", advice, str(options.out)):
-        _check(options)  # what another process wrote here until now
+        _check(options)  # what another process may have written here meanwhile
         return _train(options, console)
 
 
 def _train(options: TrainOptions, console: Console) -> int:
-    """Train in a folder that nobody else writes to."""
+    """Train in a folder that is locked for this process."""
     tokenizer = load_tokenizer(options.tokenizer)
     config = model_config(options, tokenizer.vocab_size)
     said = _plain(options)
@@ -73,10 +75,8 @@ def _train(options: TrainOptions, console: Console) -> int:
     run = _begin(options, config, task)
     extra = tokenizer.files()
     metrics = Metrics(options.out / "metrics.jsonl", run.step)
-    said["threads"] = (
-        torch.get_num_threads()
-    )  # also where it was torch's choice: it may choose otherwise elsewhere
-    if options.resume:  # the model it began with, also where it goes on without naming it
+    said["threads"] = torch.get_num_threads()  # also if it was torch's default, which may differ elsewhere
+    if options.resume:  # the model it started with, also if it continues without naming it
         said["model"] = read_meta(checkpoints(options.out)[-1])["options"].get("model")
     console.print(
         f"{said['model'] or options.preset}: {run.model.num_parameters():,} parameters, "
@@ -90,11 +90,11 @@ def _train(options: TrainOptions, console: Console) -> int:
         )
 
     def save() -> Path:
-        run.check()  # so that from every checkpoint a forward pass is finite
+        run.check()  # so that a forward pass from every checkpoint is finite
         metrics.sync()
         return run.save(options.out, said, extra, options.keep)
 
-    # A signal waits for the end of its step, and for that of the save behind it.
+    # A signal waits for the end of the step and of the save after it.
     with Held() as stops:
         try:
             if run.step == 0:
@@ -132,7 +132,8 @@ def _train(options: TrainOptions, console: Console) -> int:
 
 
 def _way_on(out: Path, run: Run) -> str:
-    """What to do after a number that is none; a checkpoint is good when a forward pass from it is finite."""
+    """What to do after a non-finite value; a checkpoint is good if a forward pass from it is
+    finite."""
     *older, newest = checkpoints(out) or [None]
     try:
         if newest is not None and read_meta(newest)["step"] == run.step:
@@ -150,7 +151,8 @@ def _way_on(out: Path, run: Run) -> str:
 
 
 def begun(out: Path) -> dict[str, Any]:
-    """What a run was told when it began, as `TrainOptions` has it: `--out RUN --resume` says it all."""
+    """The options a run was started with, as `TrainOptions`, so that `--out RUN --resume`
+    suffices."""
     there = checkpoints(out) if out.exists() else []
     before = read_meta(there[-1])["options"] if there else {}
     found: dict[str, Any] = {}
@@ -164,17 +166,17 @@ def begun(out: Path) -> dict[str, Any]:
 
 
 def _plain(options: TrainOptions) -> dict[str, Any]:
-    """The options as JSON has them."""
+    """The options as plain JSON."""
     return json.loads(json.dumps(dataclasses.asdict(options), default=str))
 
 
 def _check(options: TrainOptions) -> None:
-    """Refuse what cannot work before any work starts."""
+    """Refuse invalid options before any work starts."""
     for name in ("steps", "batch_size", "seq_len", "accumulate", "checkpoint_every", "keep"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}")
     for name in ("lr", "clip", "own_lr"):
-        # An infinite clip is none.
+        # An infinite clip means no clipping.
         if not 0 < getattr(options, name) < math.inf and (name, options.clip) != ("clip", math.inf):
             raise ValueError(
                 f"--{name.replace('_', '-')} must be positive and finite, got {getattr(options, name)}"
@@ -202,11 +204,11 @@ def _check(options: TrainOptions) -> None:
         raise ValueError(f"--resume: {options.out} holds no checkpoint; omit --resume to start")
     if options.resume:
         meta = read_meta(there[-1])
-        # What an older version did not ask, it did by default.
+        # An option that an older version did not have had its default.
         before = _plain(TrainOptions(out=options.out)) | meta["options"]
         now = _plain(options)
         changed = [n for n in now if n not in _FREE and now[n] != before[n]]
-        # More steps, another learning rate and the like are a choice; another model or other data an error.
+        # More steps or another learning rate are allowed; another model or other data are an error.
         fixed = [n for n in changed if n not in _ADJUSTABLE]
         if fixed:
             raise ValueError(
@@ -227,7 +229,8 @@ _ADJUSTABLE = ("steps", "lr", "own_lr", "min_lr", "clip", "weight_decay", "write
 
 
 def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
-    """The config that the options describe, for a vocabulary; on resuming that of the newest checkpoint."""
+    """The config that the options describe, for a vocabulary; when resuming, that of the newest
+    checkpoint."""
     changes = options.sizes()
     if options.resume:
         newest = checkpoints(options.out)[-1]
@@ -252,12 +255,13 @@ def model_config(options: TrainOptions, vocab_size: int) -> ModelConfig:
 
 
 def _check_memory(options: TrainOptions, config: ModelConfig) -> None:
-    """Refuse a step whose numbers cannot be held: the system would end the program without a word."""
+    """Refuse a step that does not fit into memory: the system would kill the process silently."""
     try:
         there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # a system that does not say
+    except (AttributeError, ValueError, OSError):  # unknown on this system
         return
-    # The least that the backward pass needs of every token: each layer's input and inner values, in 2 bytes or 4.
+    # The least that the backward pass needs per token: each layer's input and inner activations, in
+    # 2 or 4 bytes.
     per_layer = (config.hidden_size + config.inner()) * (2 if options.bf16 else 4)
     least = options.batch_size * options.seq_len * per_layer * config.num_hidden_layers
     if least > there:
@@ -274,7 +278,7 @@ def _task(options: TrainOptions, config: ModelConfig, tokenizer: Tokenizer) -> T
             seed=options.seed,
             price_from=options.write_price_from,
         )
-    # A run that an older version began goes on as that aligned it.
+    # A run started by an older version keeps its alignment.
     begun = read_meta(checkpoints(options.out)[-1])["task"] if options.resume else {}
     sizes = {
         "batch_size": options.batch_size,
@@ -306,19 +310,20 @@ def _begin(options: TrainOptions, config: ModelConfig, task: Task) -> Run:
 
 
 class Metrics:
-    """One JSON object per step, appended; a resumed run first drops what came after its checkpoint.
+    """One JSON object per step, appended; a resumed run first removes lines after its checkpoint.
 
-    missing: steps before it that the file does not tell of.
+    missing: number of earlier steps that the file lacks.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) < step]
         self.missing = step - len({_step(line) for line in kept})
-        # A link of this name is replaced, not followed: nothing outside the run's folder is written to.
+        # A symbolic link of this name is replaced, not followed: nothing outside the run's folder
+        # is written.
         write_atomically(path, "".join(line + "\n" for line in kept).encode(), follow=False)
         self.path = path
-        # Unbuffered, so that each line is on its way at once and closing cannot fail.
+        # Unbuffered, so that each line is written at once and closing cannot fail.
         self.file = path.open("ab", buffering=0)
 
     def add(self, row: dict[str, float]) -> None:
@@ -327,7 +332,7 @@ class Metrics:
             write_whole(self.file.fileno(), (json.dumps({**row, "time": time.time()}) + "\n").encode())
 
     def sync(self) -> None:
-        """Put all that was written on the disk, so that a checkpoint never knows of more steps than the file."""
+        """Flush to disk, so that a checkpoint never has more steps than the file."""
         with naming(self.path):
             os.fsync(self.file.fileno())
 
@@ -339,32 +344,33 @@ class Metrics:
 def _step(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):  # a line that a crash cut short
+    except (ValueError, KeyError, TypeError, RecursionError):  # a line truncated by a crash
         return math.inf
 
 
 WINDOW = 50
-"""Steps that what is shown of a training is the mean of."""
+"""Number of steps over which displayed metrics are averaged."""
 
 
 class Means:
-    """Means of the metrics over the last `WINDOW` steps, or over all of them where there are fewer."""
+    """Means of the metrics over the last `WINDOW` steps, or over all if there are fewer."""
 
     def __init__(self) -> None:
         self.rows: deque[dict[str, float]] = deque(maxlen=WINDOW)
 
     def add(self, row: dict[str, float]) -> None:
-        """Count a step's metrics in."""
+        """Add a step's metrics."""
         self.rows.append(row)
 
     def of(self, name: str) -> float:
-        """The mean of one metric, which every step must have."""
+        """The mean of a metric that every step has."""
         return sum(row[name] for row in self.rows) / len(self.rows)
 
 
 @contextmanager
 def progress(console: Console, steps: int, run: Run) -> Iterator[Callable[[dict[str, float]], None]]:
-    """A live bar with loss, bits per byte, tokens/s and time left; plain lines where there is no terminal."""
+    """A progress bar with loss, bits per byte, tokens/s and time left; plain lines without a
+    terminal."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

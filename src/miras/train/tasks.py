@@ -1,4 +1,4 @@
-"""What a model is trained on. A task gives the batch of a step and says what its loss means."""
+"""Training tasks. A task provides the batch of a step and interprets its loss."""
 
 import dataclasses
 import hashlib
@@ -15,10 +15,11 @@ from miras.nn.lm import LMState
 
 
 class Task(Protocol):
-    """Batches by step, and the state of the lanes they come from.
+    """Batches by step, and the states of their lanes.
 
-    `states` holds, per micro-batch, what each lane has read so far; `finished` is told the predictions of a
-    step and returns further metrics; `to_dict` and `restore` carry what a checkpoint must hold beside states.
+    `states` holds the lanes' states per micro-batch; `finished` gets the predictions of a step and
+    returns further metrics; `to_dict` and `restore` are for what a checkpoint must hold besides
+    states.
     """
 
     micro_batches: int
@@ -33,7 +34,8 @@ class Task(Protocol):
 
 
 class TextTask:
-    """Next-token prediction on lanes of contiguous text; with `carry`, each lane's state goes on with it.
+    """Next-token prediction on lanes of consecutive text; with `carry`, each lane's state is
+    carried on.
 
     Give `carry=False` for a model whose state grows with every token (`ModelConfig.grows`).
     """
@@ -52,7 +54,7 @@ class TextTask:
         bytes_per_token: float = 1.0,
     ) -> None:
         self.lanes = Lanes(tokens, offsets, batch_size=batch_size, seq_len=seq_len, align=align, seed=seed)
-        self.lanes.steps_per_epoch(micro_batches)  # too few tokens for so many lanes are refused here
+        self.lanes.steps_per_epoch(micro_batches)  # this refuses too few tokens for so many lanes
         self.data = _hash(tokens, offsets)
         self.micro_batches, self.carry, self.bytes_per_token = micro_batches, carry, bytes_per_token
         self.states: list[LMState | None] = [None] * micro_batches
@@ -89,11 +91,12 @@ class TextTask:
 
 
 class NeedleTraining:
-    """Needles in filler, their contexts growing with success; only the answers are learned.
+    """Needles in filler, with contexts that grow with success; only the answers are trained on.
 
-    `kind` says what they are: its length, needles and questions give way to the step's. A step's haystacks hold
-    `least` to `crowd` needles, but one for each `room` bytes at most, and ask for as many: a long text then teaches
-    as much as several short ones. `crowd=1` is one needle and one question.
+    `kind` describes them; its length, needles and questions are replaced by each step's. The
+    haystacks of a step have `least` to `crowd` needles, but at most one per `room` bytes, and as
+    many questions: a long text then teaches as much as several short ones. `crowd=1` is one needle
+    and one question.
     """
 
     def __init__(
@@ -159,7 +162,7 @@ class NeedleTraining:
         }
 
     def restore(self, values: dict[str, Any]) -> None:
-        # What a checkpoint of an older version does not say was as it is by default.
+        # Fields missing in a checkpoint of an older version had their defaults.
         older = {"keys": ["letters"], "values": ["number"], "crowd": 1, "least": 1, "room": 128}
         _expect(self._fixed(), older | values)
         self.curriculum = Curriculum.from_dict(values["curriculum"])
@@ -167,7 +170,7 @@ class NeedleTraining:
 
 
 def _expect(mine: dict[str, Any], values: dict[str, Any]) -> None:
-    """Refuse a checkpoint of a task that would give other batches."""
+    """Refuse a checkpoint of a task with other batches."""
     if values.get("kind") != mine["kind"]:
         raise ValueError(
             f"the checkpoint was trained on {values.get('kind')!r}, this run trains on {mine['kind']!r}; "
@@ -189,7 +192,7 @@ def _expect(mine: dict[str, Any], values: dict[str, Any]) -> None:
 
 
 def _hash(tokens: Any, offsets: Any) -> str:
-    """SHA-256 of token ids and of where documents end: equal for equal batches."""
+    """SHA-256 of token ids and document ends: equal for equal batches."""
     if isinstance(tokens, TokenFile):
         start, ends = tokens.tokens_sha256.encode(), tokens.documents
     else:
