@@ -1,4 +1,4 @@
-"""Text, tokens, batches and tasks: numpy in, numpy out, and nothing of the rest of the package."""
+"""Text, tokens, batches and tasks: numpy in, numpy out, independent of the rest of the package."""
 
 from miras.data.batches import Batch, Lanes
 from miras.data.fillers import FILLERS, HELDOUT, TRAIN, Filler, mixture, read_books

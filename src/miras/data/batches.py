@@ -1,4 +1,5 @@
-"""Tokens -> batches whose rows go on where they stopped, so that a state can be carried from step to step.
+"""Tokens -> batches whose rows continue where they stopped, so that states can be carried from step
+to step.
 
 B rows of a batch, T tokens of a row, G = B * world_size lanes in all.
 """
@@ -16,20 +17,22 @@ class Batch(NamedTuple):
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.int64]  # the next token of the same document, 0 where there is none
-    valid: NDArray[np.bool_]  # False: padding, which must change nothing
+    valid: NDArray[np.bool_]  # False: padding
     reset: NDArray[np.bool_]  # True: a document, or a lane's epoch, starts here
-    weight: NDArray[np.float32]  # of the loss at this position
+    weight: NDArray[np.float32]  # weight of the loss at this position
 
 
 class Lanes:
-    """Documents cut into lanes that are read side by side; `batch` is pure in (seed, step, rank, lane).
+    """Documents divided into lanes that are read side by side; `batch` depends only on (seed, step,
+    rank, lane).
 
-    An epoch puts the documents, in an order drawn from (seed, epoch), on one line where each starts at a
-    multiple of `align` (the chunk size), and cuts the line into batch_size * world_size lanes whose lengths
-    differ by one `align` at most. Row i of a batch reads the next seq_len slots of lane rank * batch_size +
-    i. Slots between two documents and past a lane's end are padding. A lane starts with a reset in each
-    epoch. `tokens` (num_tokens,) of any integer type; `offsets` (num_documents + 1,) as in TokenFile, needed
-    for a plain array only: without them it is one document. ValueError for sizes that do not fit.
+    An epoch concatenates the documents, in an order drawn from (seed, epoch), each starting at a
+    multiple of `align` (the chunk size), and divides them into batch_size * world_size lanes whose
+    lengths differ by at most one `align`. Row i of a batch reads the next seq_len positions of lane
+    rank * batch_size + i. Positions between two documents and after a lane's end are padding. A
+    lane starts with a reset in each epoch. `tokens` (num_tokens,) of any integer type; `offsets`
+    (num_documents + 1,) as in TokenFile, needed for a plain array only: without them it is one
+    document. ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -93,7 +96,7 @@ class Lanes:
         return -(-longest // (self.seq_len // self.align))
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The rows of `rank` at `step`; steps go on through as many epochs as are asked for."""
+        """The rows of `rank` at `step`; steps continue through any number of epochs."""
         lanes = self._num_lanes(world_size)
         if step < 0 or not 0 <= rank < world_size:
             raise ValueError(
@@ -108,7 +111,7 @@ class Lanes:
         chunk = (lane_start + step * per_step)[:, None] + np.arange(per_step)
         inside = chunk < lane_end[:, None]
         chunk = np.minimum(chunk, self._num_chunks - 1)
-        # Of the documents that start here, the last: those before it are empty.
+        # Of the documents that start here the last: the others are empty.
         place = np.searchsorted(line, chunk, side="right") - 1
         document = order[place]
 
@@ -145,7 +148,7 @@ class Lanes:
         return lanes
 
     def _line(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The documents in the epoch's order, and the chunk of the line each starts at."""
+        """The documents in the epoch's order, and the chunk at which each starts."""
         if self._memo is None or self._memo[0] != epoch:
             order = np.random.default_rng([self.seed, epoch]).permutation(len(self._length))
             start = np.zeros(len(order), dtype=np.int64)

@@ -1,7 +1,7 @@
-"""What needles are hidden in: kinds of text, made of a seed or cut from a book.
+"""Filler to hide needles in: kinds of text, generated from a seed or taken from a book.
 
-A model that has read one kind only knows that kind, not the needle. So `TRAIN` has many kinds to learn from, and
-`HELDOUT` has others, for measuring only: nothing of them is ever made by one of `TRAIN`.
+A model trained on one kind learns that kind, not the needle. So `TRAIN` has many kinds, and
+`HELDOUT` has others, for evaluation only, which no kind in `TRAIN` generates.
 """
 
 import re
@@ -34,12 +34,12 @@ class Filler(ABC):
 
     @abstractmethod
     def text(self, size: int, rng: Rng) -> bytes:
-        """`size` bytes of it, pure in the state of `rng`."""
+        """`size` bytes of it, depending only on the state of `rng`."""
 
 
 @dataclass(frozen=True)
 class Book(Filler):
-    """A stretch of one text from a random sentence (or else word) on, going round at its end."""
+    """A part of one text from a random sentence (or else word) on, wrapping around at its end."""
 
     source: bytes
 
@@ -68,7 +68,7 @@ class Chapters(Filler):
 
 @dataclass(frozen=True)
 class Shelf(Filler):
-    """One of several books, each as likely."""
+    """One of several books, with equal probability."""
 
     books: tuple[Book, ...]
 
@@ -78,7 +78,7 @@ class Shelf(Filler):
 
 @dataclass(frozen=True)
 class Cipher(Filler):
-    """The embedded novel with its letters put for others: an alphabet of its own for every text."""
+    """The embedded novel with its letters substituted, by a different alphabet for every text."""
 
     alphabets: tuple[str, ...] = (
         "abcdefghijklmnopqrstuvwxyz",
@@ -93,14 +93,15 @@ class Cipher(Filler):
         plain = _novel(False).text(size, rng).decode(errors="ignore")
         letters = rng.permutation(list(self.alphabets[rng.integers(len(self.alphabets))])).tolist()
         table = dict(zip("abcdefghijklmnopqrstuvwxyz", letters, strict=True))
-        # Not every capital has one character: "ß" becomes "SS".
+        # Not every capital is one character: "ß" becomes "SS".
         table |= {small.upper(): other.upper() for small, other in table.items()}
         return plain.translate(str.maketrans(table)).encode()[:size].ljust(size)
 
 
 @dataclass(frozen=True)
 class Language(Filler):
-    """Made-up words, of syllables that are each text's own: as sentences, line by line, or nothing but words."""
+    """Made-up words from syllables specific to each text: as sentences, line by line, or words
+    only."""
 
     onsets: tuple[str, ...] = _split(
         "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kn pl qu sh sk sp st th tr wh ñ ç š ž č ł"
@@ -137,7 +138,7 @@ class Language(Filler):
         return "".join(parts).encode()[:size].ljust(size)
 
     def words(self, count: int, rng: Rng) -> list[str]:
-        """That many words of a language of their own."""
+        """That many words of a made-up language."""
         few = lambda of, n: [of[i] for i in rng.integers(len(of), size=n)]  # noqa: E731
         onsets, vowels = few(self.onsets, int(rng.integers(5, 16))), few(self.vowels, int(rng.integers(2, 8)))
         codas = few(self.codas, int(rng.integers(2, 8)))
@@ -152,7 +153,7 @@ class Language(Filler):
 
 @dataclass(frozen=True)
 class Sentences(Filler):
-    """A few short English sentences of a grammar, over and over: in turn, or shuffled."""
+    """A few short English sentences from a grammar, repeated in order or shuffled."""
 
     subjects: tuple[str, ...] = _split(
         "The boat|A river|My aunt|The old clock|Our teacher|The cat|A stranger|The market|The key|Her letter|"
@@ -207,7 +208,7 @@ class Code(Filler):
         used = [forms[i] for i in rng.integers(len(forms), size=int(rng.integers(1, 6)))]
         lines: list[str] = []
         made = 0
-        # A thousand different lines are enough of one program.
+        # A thousand different lines are enough for one program.
         draws = rng.integers(1 << 20, size=(min(1000, size // 8 + 2), 5)).tolist()
         for form, a, b, c, n in draws:
             if made >= size:
@@ -220,7 +221,7 @@ class Code(Filler):
 
 @dataclass(frozen=True)
 class Numbers(Filler):
-    """Whole and decimal numbers of one to twelve digits, between marks that are each text's own."""
+    """Whole and decimal numbers of one to twelve digits, with separators specific to each text."""
 
     def text(self, size: int, rng: Rng) -> bytes:
         low = int(rng.integers(1, 9))
@@ -253,7 +254,7 @@ class Symbols(Filler):
 
 @dataclass(frozen=True)
 class Decoys(Filler):
-    """Sentences that are nearly a needle: about a key, with a value, and never of magic."""
+    """Sentences similar to a needle: a key and a value, but never the word "magic"."""
 
     def text(self, size: int, rng: Rng) -> bytes:
         forms = (
@@ -281,7 +282,7 @@ class Decoys(Filler):
 
 @dataclass(frozen=True)
 class Lorem(Filler):
-    """Lorem ipsum: sentences of the printers' words, drawn anew."""
+    """Lorem ipsum: random sentences of its words."""
 
     words: tuple[str, ...] = _split(
         "lorem ipsum dolor sit amet consectetur adipiscing elit sed do eiusmod tempor incididunt ut labore et dolore "
@@ -308,7 +309,7 @@ class Lorem(Filler):
 
 @dataclass(frozen=True)
 class Digits(Filler):
-    """A table of random digits: 70 of them in a line, nothing between."""
+    """A table of random digits, 70 per line, without separators."""
 
     def text(self, size: int, rng: Rng) -> bytes:
         found = rng.integers(48, 58, size=size, dtype=np.uint8)
@@ -345,7 +346,7 @@ FILLERS: dict[str, Filler] = {
     "digits": Digits(),
     "ledger": Ledger(),
 }
-"""Every kind that the package makes by itself, by name."""
+"""Every kind that the package generates, by name."""
 
 TRAIN = ("novel", "cipher", "language", "sentences", "code", "numbers", "symbols", "decoys")
 HELDOUT = ("noise", "chapters", "lorem", "digits", "ledger")
@@ -353,7 +354,8 @@ HELDOUT = ("noise", "chapters", "lorem", "digits", "ledger")
 
 @dataclass(frozen=True)
 class Mixture(Filler):
-    """One of several kinds for each text, sometimes (`switch`) another one from somewhere in it on."""
+    """One of several kinds for each text; with probability `switch` it changes to another one
+    somewhere."""
 
     kinds: tuple[Filler, ...]
     switch: float = 0.2
@@ -365,16 +367,17 @@ class Mixture(Filler):
 
 
 def mixture(books: Sequence[bytes] = ()) -> Mixture:
-    """Every kind of `TRAIN`, and books of one's own as often as all of them where there are some."""
+    """Every kind of `TRAIN`, and, if there are books, books as often as all of these together."""
     kinds = tuple(FILLERS[name] for name in TRAIN)
     shelf = (Shelf(tuple(Book(text) for text in books)),) * len(kinds) if books else ()
     return Mixture(kinds + shelf)
 
 
 def read_books(folder: Path) -> list[bytes]:
-    """Every text in a folder (files, archives, packed or not) of at least 10,000 bytes, in order of name.
+    """Every text of at least 10,000 bytes in a folder (files and archives, compressed or not),
+    ordered by name.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     found = [d.data for d in read_documents([folder]) if len(d.data) >= 10_000]
     if not found:
@@ -389,6 +392,6 @@ def _novel(heldout: bool) -> Book:
 
 
 def _filled(text: str, size: int) -> bytes:
-    """The first `size` bytes of a text that is repeated when it is too short."""
+    """The first `size` bytes of a text, repeated if it is too short."""
     data = text.encode()
     return (data * (size // max(1, len(data)) + 1))[:size]

@@ -1,6 +1,8 @@
-"""Needles in a haystack, in bytes: sentences with a value each, hidden in filler, and a question at the end.
+"""Needles in a haystack, in bytes: sentences with a value each, hidden in filler, and a question at
+the end.
 
-After RULER's NIAH tasks (S-NIAH-1 to 3 and MK-NIAH-1), with wording short enough for a context of 128 bytes.
+After RULER's NIAH tasks (S-NIAH-1 to 3 and MK-NIAH-1), with wording short enough for a context of
+128 bytes.
 """
 
 import dataclasses
@@ -17,7 +19,7 @@ from miras.data.fillers import FILLERS, NOISE, Book, Filler
 
 @dataclass(frozen=True)
 class Needle:
-    """A key and its value, which is a `kind` of thing: "number", "word" or "code"."""
+    """A key and its value; `kind` is "number", "word" or "code"."""
 
     key: str
     value: str
@@ -29,22 +31,23 @@ class Needle:
 
     @property
     def question(self) -> bytes:
-        """What is asked, up to where the value begins."""
+        """The question, up to the value."""
         return f"What is the special magic {self.kind} for {self.key}? ".encode()
 
 
 @dataclass(frozen=True)
 class NeedleSample:
-    """One haystack, `tokens` (length,) uint8: the prompt, then at `answer` the value that is asked for.
+    """One haystack, `tokens` (length,) uint8: the prompt, and from `answer` on the requested value.
 
-    `answers` are the places of all values that are asked for, that of the last question included.
+    `answers` are the positions of all requested values, including the last.
     """
 
     tokens: NDArray[np.uint8]
     answer: slice
     key: str
     value: str
-    depth: float  # where in the filler the needle is, from 0 (first) to 1 (right before the question)
+    # where in the filler the needle is, from 0 (first) to 1 (right before the question)
+    depth: float
     needles: tuple[Needle, ...] = ()
     answers: tuple[slice, ...] = ()
 
@@ -58,22 +61,24 @@ class NeedleSample:
         return self.tokens[: self.answer.start]
 
     def solved_by(self, generated: ArrayLike | bytes) -> bool:
-        """Whether what was generated after the prompt, ids or bytes, begins with the whole value."""
+        """Whether the continuation of the prompt, ids or bytes, begins with the complete value."""
         ids = list(generated) if isinstance(generated, bytes) else np.asarray(generated).reshape(-1).tolist()
         return ids[: len(self.value)] == list(self.value.encode())
 
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """Haystacks of exactly `length` bytes, question and answer included, each pure in (seed, index).
+    """Haystacks of exactly `length` bytes, including question and answer; each depends only on
+    (seed, index).
 
-    `needles` of them are hidden, with keys that differ; the question at the end asks for one. Of `questions` more
-    than one, the others stand in the filler behind all needles, with their answers. Kinds of key and value are
-    drawn for each needle from `keys` ("letters", "word", "number", "code") and `values` ("number", "word", "code");
-    `digits` of a number that is a value (RULER has 7), `key_letters` of a key of letters. `filler`: one of the
-    package's by name, a Filler, text of one's own (a stretch from a random sentence on, repeated when it is too
-    short) or None, RULER's five noise sentences. `depth` in [0, 1] fixes where the needle that is asked for is, at
-    the nearest sentence boundary; None draws one uniformly. ValueError when `length` is too small.
+    `needles` are hidden, with different keys; the question at the end asks for one. With more than
+    one of `questions` the others are in the filler after all needles, with their answers. Kinds of
+    key and value are drawn for each needle from `keys` ("letters", "word", "number", "code") and
+    `values` ("number", "word", "code"); `digits` of a value that is a number (RULER has 7),
+    `key_letters` of a key of letters. `filler`: one of the package's by name, a Filler, your own
+    text (from a random sentence on, repeated if it is too short) or None for RULER's five noise
+    sentences. `depth` in [0, 1] fixes the position of the requested needle, at the nearest sentence
+    boundary; None draws it uniformly. ValueError if `length` is too small.
     """
 
     length: int
@@ -121,7 +126,7 @@ class NeedleTask:
 
     @property
     def source(self) -> Filler:
-        """What the needles are hidden in."""
+        """The filler that hides the needles."""
         if isinstance(self.filler, str):
             return FILLERS[self.filler]
         return (
@@ -131,10 +136,10 @@ class NeedleTask:
         )
 
     def sample(self, seed: int, index: int) -> NeedleSample:
-        """Haystack number `index` of `seed`; keys and values are the same at every length."""
+        """Haystack number `index` of `seed`; keys and values are the same for every length."""
         rng = np.random.default_rng([seed, index])
         needles = self._needles(rng)
-        # No needle is asked for twice while others are not: its answer is there to be copied.
+        # No needle is asked for twice before the others: its answer could be copied.
         order = rng.permutation(self.needles).tolist() if self.needles > 1 else [0]
         asked, *others = (order[i % self.needles] for i in range(self.questions))
         last = b" " + needles[asked].question
@@ -146,9 +151,10 @@ class NeedleTask:
         at = [int(places[rng.integers(len(places))]) for _ in needles]
         if self.depth is not None:
             at[asked] = int(places[np.abs(places - self.depth * size).argmin()])
-        # What goes where: (place, 0 for a needle and 1 for a question, which needle).
+        # Insertions: (position, 0 for a needle and 1 for a question, which needle).
         put = [(place, 0, n) for n, place in enumerate(at)]
-        # Behind all needles: a question right behind its own could be answered by what was read last.
+        # After all needles: a question right after its own needle could be answered from the last
+        # tokens.
         behind = places[places >= max(at)]
         put += [(int(behind[rng.integers(len(behind))]), 1, n) for n in others]
         parts: list[bytes] = []
@@ -174,7 +180,8 @@ class NeedleTask:
         )
 
     def batch(self, seed: int, step: int, batch_size: int) -> Batch:
-        """(batch_size, length): samples step * batch_size and on, weight 1 where the target is in an answer."""
+        """(batch_size, length): samples step * batch_size and on, weight 1 where the target is in
+        an answer."""
         first = step * batch_size
         samples = [self.sample(seed, index) for index in range(first, first + batch_size)]
         tokens = np.stack([sample.tokens for sample in samples]).astype(np.int64)
@@ -183,7 +190,8 @@ class NeedleTask:
         weight = np.zeros(tokens.shape, dtype=np.float32)
         for row, sample in enumerate(samples):
             for answer in sample.answers:
-                # Position t predicts byte t + 1: the last byte of the question predicts the value's first.
+                # Position t predicts byte t + 1: the last byte of the question predicts the value's
+                # first.
                 weight[row, answer.start - 1 : answer.stop - 1] = 1
         reset = np.zeros(tokens.shape, dtype=np.bool_)
         reset[:, 0] = True
@@ -231,23 +239,25 @@ def _code(size: int, rng: np.random.Generator) -> str:
 
 
 Kind = Callable[[int, np.random.Generator], str]
-"""From a wished size, which not every kind heeds, to a text."""
+"""From a requested size, which not every kind uses, to a text."""
 
 KEYS: dict[str, Kind] = {"letters": _letters, "word": _word, "number": _number, "code": _code}
 VALUES: dict[str, Kind] = {"number": _number, "word": _word, "code": _code}
 
 
 def score(predicted: ArrayLike, batch: Batch) -> NDArray[np.bool_]:
-    """(B,) whether all weighted targets are predicted, by ids (B, T) or logits (B, T, V) of one forward pass.
+    """(B,) whether all weighted targets are predicted, from ids (B, T) or logits (B, T, V) of one
+    forward pass.
 
-    It is also what greedy generation would score: as long as all bytes before are right, both have read the
-    same.
+    Greedy generation would have the same score: as long as all previous bytes are right, both have
+    read the same.
     """
     return (_right(predicted, batch) | (batch.weight == 0)).all(axis=1)
 
 
 def answered(predicted: ArrayLike, batch: Batch) -> NDArray[np.bool_]:
-    """(answers of the batch,) whether all of each one's targets are predicted; arguments as those of `score`."""
+    """(answers of the batch,) whether all targets of each answer are predicted; arguments as in
+    `score`."""
     right, weighted = _right(predicted, batch).reshape(-1), batch.weight.reshape(-1) > 0
     starts = np.flatnonzero(weighted & ~np.concatenate([[False], weighted[:-1]]))
     return np.logical_and.reduceat(right | ~weighted, starts) if len(starts) else np.zeros(0, dtype=np.bool_)
@@ -265,13 +275,15 @@ def _right(predicted: ArrayLike, batch: Batch) -> NDArray[np.bool_]:
 
 
 def _boundaries(hay: bytes) -> NDArray[np.int64]:
-    """Where a sentence may be put: before each sentence, or each word where there is one sentence only."""
+    """Where a sentence may be inserted: before each sentence, or before each word if there is only
+    one sentence."""
     cuts = _after_space(hay, enders=b".!?")
     return cuts if len(cuts) > 1 else _after_space(hay, enders=None)
 
 
 def _after_space(hay: bytes, enders: bytes | None) -> NDArray[np.int64]:
-    """0 and every place after a space or line end that follows one of `enders`, with or without a quote."""
+    """0 and every position after a space or line end that follows one of `enders`, with or without
+    a quote."""
     data = np.frombuffer(hay, dtype=np.uint8)
     space = (data == 32) | (data == 10)
     ends = space[:-1] & ~space[1:]
@@ -287,17 +299,18 @@ def _after_space(hay: bytes, enders: bytes | None) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Lengths that grow with success: half of the batches at the longest reached, the rest at shorter ones.
+    """Lengths that grow with success: half of the batches at the longest length reached, the rest
+    at shorter ones.
 
-    A value: `update` returns the next one, `to_dict` and `from_dict` carry it through a checkpoint.
+    A value: `update` returns the next one; `to_dict` and `from_dict` are for checkpoints.
     """
 
     lengths: tuple[int, ...] = (128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-    threshold: float = 0.8  # running accuracy at the longest length that raises it
+    threshold: float = 0.8  # running accuracy at which the longest length is raised
     share_at_max: float = 0.5
-    smoothing: float = 0.8  # of the running accuracy: the weight of what was before
+    smoothing: float = 0.8  # smoothing factor of the running accuracy
     stage: int = 0
-    accuracy: float = 0.0  # running, since the last raise
+    accuracy: float = 0.0  # running accuracy since the last raise
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", tuple(int(length) for length in self.lengths))
@@ -324,7 +337,8 @@ class Curriculum:
         return self.lengths[int(rng.integers(self.stage))]
 
     def update(self, accuracy: float, length: int | None = None) -> "Curriculum":
-        """After a batch of `length` (None: the longest) with this accuracy; shorter ones change nothing."""
+        """The curriculum after a batch of `length` (None: the longest) with this accuracy; shorter
+        ones change nothing."""
         if not 0 <= accuracy <= 1:
             raise ValueError(f"`accuracy` must be in [0, 1], got {accuracy}.")
         if length is not None and length != self.max_length:

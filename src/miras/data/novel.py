@@ -1,4 +1,4 @@
-"""A novel that comes with the package, so that training needs no download."""
+"""A novel that ships with the package, so that training needs no download."""
 
 import lzma
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ HELDOUT_FROM = b"\nChapter LIV\n"  # the last six of 59 chapters, 10.7 % of the 
 
 @dataclass(frozen=True)
 class Novel:
-    """A text in the public domain, cut at a chapter heading: one part to train on, one to measure on."""
+    """A text in the public domain, split at a chapter heading: one part for training, one for
+    evaluation."""
 
     title: str
     author: str
@@ -18,7 +19,7 @@ class Novel:
 
 
 def load_novel() -> Novel:
-    """*Great Expectations*, 0.99 MB of UTF-8 (assets/README.md tells where it is from)."""
+    """*Great Expectations*, 0.99 MB of UTF-8 (source: assets/README.md)."""
     packed = files("miras.data").joinpath("assets", "great_expectations.txt.xz").read_bytes()
     text = lzma.decompress(packed)
     cut = text.index(HELDOUT_FROM) + 1

@@ -1,6 +1,8 @@
-"""Multi-query associative recall: pairs of keys and values, then every key again, its value asked for.
+"""Multi-query associative recall: pairs of keys and values, then every key again as a query for its
+value.
 
-After zoology's MQAR (Arora et al. 2023, arXiv 2312.04927). T tokens of an example, V the vocabulary.
+After zoology's MQAR (Arora et al. 2023, arXiv 2312.04927). T tokens of an example, V the
+vocabulary.
 """
 
 from dataclasses import dataclass
@@ -9,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORE = -100
-"""The label where nothing is asked."""
+"""The label at positions without a query."""
 
 
 @dataclass(frozen=True)
 class RecallTask:
-    """Examples of `length` tokens that ask for `pairs` values, each pure in (seed, index).
+    """Examples of `length` tokens with `pairs` queries; each depends only on (seed, index).
 
-    Keys are drawn from 1..V/2-1 and values from V/2..V-1, both without replacement. The first 2 * pairs tokens
-    are key, value, key, value ...; then each key stands once more, 2 * i tokens into the rest. In the order of
-    the pairs, each key draws its i in 0..(T - 2 * pairs)/2 - 1 with p(i) ~ (i + 1)^(power - 1) from those that
-    are left: near 1 / i, uniform at power = 1. All other tokens are 0, or with `noise` uniform over all tokens
-    but the example's keys. (Zoology's noise may be one of its keys, which is then asked without a label, and
-    comes from another generator, so that a seed does not give the example.) ValueError for sizes that do not
-    fit.
+    Keys are drawn from 1..V/2-1 and values from V/2..V-1, both without replacement. The first
+    2 * pairs tokens are key, value, key, value ...; then each key occurs once more, 2 * i tokens
+    into the rest. In the order of the pairs, each key draws its i in 0..(T - 2 * pairs)/2 - 1 with
+    p(i) ~ (i + 1)^(power - 1) from the free ones: close to 1 / i, uniform for power = 1. All other
+    tokens are 0, or with `noise` uniform over all tokens but the example's keys. (In zoology noise
+    may be one of the keys, which is then a query without a label, and it comes from another
+    generator, so the seed does not determine the example.) ValueError for sizes that do not fit.
     """
 
     vocab_size: int
@@ -68,10 +70,11 @@ class RecallTask:
         return tokens, labels
 
     def batch(self, seed: int, start: int, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Examples start .. start + size - 1 of `seed`: tokens (size, T) and labels (size, T), both int64.
+        """Examples start .. start + size - 1 of `seed`: tokens (size, T) and labels (size, T), both
+        int64.
 
-        A label stands at the key that asks for it: what the model should predict there, not to be shifted any
-        more. It is -100 where nothing is asked.
+        A label is at the key that queries it: the prediction expected at that position, without a
+        shift. It is -100 at positions without a query.
         """
         if size < 1 or start < 0 or seed < 0:
             raise ValueError(

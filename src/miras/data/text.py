@@ -29,15 +29,15 @@ MAGIC = {
     b"\xfd7zXZ\0": lzma.open,
     **{b"BZh%d1AY&SY" % level: bz2.open for level in range(1, 10)},
 }
-"""How packed files begin: where no name tells, as of a pipe, the first bytes do."""
+"""First bytes of compressed files, for files without a telling name, such as pipes."""
 NUL = "it has NUL bytes (UTF-16 without its byte order mark must be saved as UTF-8)"
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError)
-"""What reading a damaged file raises."""
+"""Errors raised by reading a damaged file."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and the name it goes by: a file's, relative to the folder or archive it was found in."""
+    """One text and its name: a file's, relative to the folder or archive it was found in."""
 
     name: str
     data: bytes
@@ -45,7 +45,8 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """The files one entry of `sources` stands for, with names; `only`: it is one file, which must be text."""
+    """The files that one entry of `sources` names; `only`: it is a single file, which must be
+    text."""
 
     label: str
     files: tuple[tuple[Path, str], ...]
@@ -53,18 +54,19 @@ class Source:
 
 
 def read_documents(sources: Sources) -> Iterator[Document]:
-    """Every non-empty text that `sources` name, in their order, by name within a folder, glob or archive.
+    """Every non-empty text in `sources`, in their order, by name within a folder, glob or archive.
 
-    Memory: one document at a time. Files that are not text (a NUL byte) and empty ones are skipped in
-    folders, globs and archives, and are an error when named. UTF-16 with its byte order mark becomes UTF-8. Where no
-    suffix says how a file is packed, its first bytes do. What is missing raises FileNotFoundError at the
-    call, what is damaged or holds no text ValueError while reading.
+    Memory: one document at a time. Files that are not text (with a NUL byte) and empty files are
+    skipped in folders, globs and archives, and are an error if named. UTF-16 with its byte order
+    mark becomes UTF-8. Without a known suffix the first bytes determine the compression. Missing
+    files raise FileNotFoundError at the call; damaged ones and those without text raise ValueError
+    while reading.
     """
     return _read(find_sources(sources))
 
 
 def find_sources(sources: Sources) -> list[Source]:
-    """The files that `sources` stand for, unread; FileNotFoundError when one stands for none."""
+    """The files in `sources`, unread; FileNotFoundError if an entry has none."""
     named = [sources] if isinstance(sources, str | Path) else list(sources)
     if not named:
         raise ValueError("No text was given: name at least one file, folder, archive or glob.")
@@ -82,7 +84,7 @@ def _find(label: str) -> Source:
         found = [
             each for match in matches for each in (_walk(match, match.parent) if match.is_dir() else [match])
         ]
-        # `**` matches a folder as well as what is in it.
+        # `**` matches a folder as well as its contents.
         found = list(dict.fromkeys(found))
         path = _common_folder(found)
     else:
@@ -111,7 +113,7 @@ def _common_folder(paths: list[Path]) -> Path:
 
 
 def _plain_name(name: str) -> str:
-    """The name without the suffix that says how the text is packed; an archive keeps its own."""
+    """The name without its compression suffix; an archive keeps its own."""
     if name.lower().endswith(TAR):
         return name
     suffix = Path(name).suffix
@@ -149,13 +151,13 @@ def _read_file(path: Path, name: str, only: bool) -> Iterator[Document]:
 
 
 def is_pipe(path: Path) -> bool:
-    """Whether a name stands for what is read once, from its beginning to its end: a FIFO, or `<(command)`."""
+    """Whether a name is a pipe, which can be read only once: a FIFO, or `<(command)`."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextlib.contextmanager
 def standing(sources: Sources) -> Iterator[Sources]:
-    """The sources with a file, unpacked, in place of each pipe, for who reads them more than once."""
+    """The sources with each pipe replaced by a decompressed file, for reading more than once."""
     named = [str(each) for each in ([sources] if isinstance(sources, str | Path) else sources)]
     with contextlib.ExitStack() as stack:
         for at, label in enumerate(named):
@@ -177,7 +179,7 @@ def standing(sources: Sources) -> Iterator[Sources]:
 
 
 def archive_kind(head: bytes) -> str | None:
-    """The suffix of the archive whose first 512 bytes these are; None for no archive."""
+    """The suffix of the archive type with these first 512 bytes; None if it is not an archive."""
     if head.startswith(b"PK\x03\x04"):
         return ZIP
     return ".tar" if head[257:262] == b"ustar" else None
@@ -190,7 +192,7 @@ class _Peeked(io.RawIOBase):
         self.raw, self.head = raw, b""
 
     def begins(self, words: Iterable[bytes]) -> bytes | None:
-        """The word that the file begins with. Waits for no more bytes than it takes to tell."""
+        """The magic number that the file begins with. Waits for no more bytes than needed."""
         words, more = list(words), b" "
         while more and any(len(word) > len(self.head) and word.startswith(self.head) for word in words):
             more = self.raw.read(1 << 16) or b""
@@ -213,7 +215,8 @@ class _Peeked(io.RawIOBase):
 
 
 def open_unpacked(file: Path | io.RawIOBase) -> IO[bytes]:
-    """The bytes of a file, unpacked as its name says, or else its first bytes; what has arrived is given out."""
+    """The bytes of a file, decompressed according to its name or else its first bytes, as they
+    arrive."""
     if isinstance(file, Path):
         if (opened := OPEN.get(file.suffix.lower())) is not None:
             return cast(IO[bytes], opened(file, "rb"))
@@ -224,7 +227,8 @@ def open_unpacked(file: Path | io.RawIOBase) -> IO[bytes]:
 
 
 def as_utf8(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """A text in blocks, as they are, or in UTF-8 where it begins with UTF-16's byte order mark."""
+    """Blocks of a text, unchanged, or converted to UTF-8 if it begins with UTF-16's byte order
+    mark."""
     rest = iter(blocks)
     head = next(rest, b"")
     while head in (b"\xff", b"\xfe") and (more := next(rest, b"")):
@@ -255,12 +259,13 @@ def _read_zip(path: Path, prefix: str) -> Iterator[Document]:
     except (
         RuntimeError,
         NotImplementedError,
-    ) as error:  # a password, or a way of packing that Python has not
+    ) as error:  # a password, or a compression that Python does not support
         raise ValueError(f"{str(path)!r} cannot be unpacked here ({error}). Unpack it first.") from error
 
 
 def _read_tar(path: Path, prefix: str) -> Iterator[Document]:
-    # Members are read by name, and each step back would unpack the archive again: it is unpacked once, aside.
+    # Members are read by name, and each step back would decompress the archive again: it is
+    # decompressed once, to a temporary file.
     with tempfile.TemporaryFile() as plain:
         try:
             with _open_tar_stream(path) as packed:
@@ -279,12 +284,12 @@ def _read_tar(path: Path, prefix: str) -> Iterator[Document]:
 
 
 def _has_holes(member: tarfile.TarInfo) -> bool:
-    """Whether a member is zeros where the archive holds nothing: no text, and of any size that it says."""
+    """Whether a member is a sparse file: not text, and of any declared size."""
     return member.issparse() and sum(size for _, size in member.sparse) < member.size  # pyright: ignore
 
 
 def _check_end(plain: IO[bytes], at: int) -> None:
-    """Raise ReadError when an archive does not end there: tarfile stops at a damaged header in silence."""
+    """Raise ReadError unless the archive ends there: tarfile silently stops at a damaged header."""
     plain.seek(at)
     if plain.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(

@@ -1,4 +1,4 @@
-"""Text -> token ids, and token ids on disk that are mapped into memory instead of read."""
+"""Text -> token ids, and memory-mapped token ids on disk."""
 
 import hashlib
 import json
@@ -18,24 +18,26 @@ from miras.store.files import appearing, sweep
 
 FORMAT = "miras-tokens"
 VERSION = 1
-PIECE = 4 << 20  # bytes of one document that are tokenised at once: bounds memory, and changes no token
+PIECE = 4 << 20  # bytes of one document tokenised at once: bounds memory, changes no token
 DTYPES = {"uint8": "|u1", "uint16": "<u2", "uint32": "<u4"}
 
 _SHOWN = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 BYTE_LETTERS = [chr(b if b in _SHOWN else 256 + sum(a not in _SHOWN for a in range(b))) for b in range(256)]
-"""The letter that stands for each byte in byte-level tokenizers: itself where it is one, else one from 256 on."""
+"""The letter for each byte in byte-level tokenizers: the byte itself if printable, else one from
+256 on."""
 
 TOKENIZER_CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
-    "bos_token": BYTE_LETTERS[2],  # start of text, end of text: for tools that must have them
+    "bos_token": BYTE_LETTERS[2],  # start and end of text, for tools that require them
     "eos_token": BYTE_LETTERS[3],
-    "pad_token": BYTE_LETTERS[255],  # no UTF-8 text has this byte
+    "pad_token": BYTE_LETTERS[255],  # never occurs in UTF-8
     "padding_side": "left",
-    "split_special_tokens": True,  # a letter that stands for a byte is not that byte when it is in a text
+    # these letters may occur in a text, where they are not those bytes
+    "split_special_tokens": True,
     "clean_up_tokenization_spaces": False,
     "model_input_names": ["input_ids", "attention_mask"],
 }
-"""What `transformers` is to know of the byte tokenizer."""
+"""The byte tokenizer's config for `transformers`."""
 
 
 @runtime_checkable
@@ -44,7 +46,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id."""
+        """The number of ids: one more than the largest."""
         ...
 
     @property
@@ -55,12 +57,13 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int] | NDArray[Any]) -> str:
-        """The text of the ids, U+FFFD for what is not UTF-8; ValueError for an id outside the vocabulary."""
+        """The text of the ids, U+FFFD for what is not UTF-8; ValueError for an id outside the
+        vocabulary."""
         ...
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Raise ValueError for what is no Tokenizer, with the way to make one of a tokenizer of `transformers`."""
+    """Raise ValueError unless it is a Tokenizer, and say how to convert one of `transformers`."""
     if not isinstance(tokenizer, Tokenizer):
         raise ValueError(
             f"a tokenizer of miras is needed, got a {type(tokenizer).__name__}; one of transformers is taken so: "
@@ -81,7 +84,8 @@ class ByteTokenizer:
         return "bytes"
 
     def to_json(self) -> bytes:
-        """The same tokenizer as a file of the `tokenizers` library; `load_tokenizer` knows it again."""
+        """The same tokenizer as a file of the `tokenizers` library; `load_tokenizer` recognises
+        it."""
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
         model = {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(BYTE_LETTERS)}, "merges": []}
         whole = {
@@ -94,7 +98,7 @@ class ByteTokenizer:
         return json.dumps(whole).encode()
 
     def files(self) -> dict[str, bytes]:
-        """What lies beside a model that reads these tokens, by name: the tokenizer for `transformers`."""
+        """The tokenizer files saved beside a model, by name."""
         return _files(self.to_json(), TOKENIZER_CONFIG)
 
     def encode(self, text: str | bytes) -> NDArray[np.int64]:
@@ -106,7 +110,7 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A `tokenizer.json` of the `tokenizers` library, plain or .xz, or the folder it is in."""
+    """A `tokenizer.json` of the `tokenizers` library, plain or .xz, or its folder."""
 
     def __init__(self, path: str | Path) -> None:
         from tokenizers import Tokenizer as Backend
@@ -121,7 +125,7 @@ class FileTokenizer:
         try:
             data = lzma.decompress(data) if path.suffix == ".xz" else data
             self._backend = Backend.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises plain Exception
+        except Exception as error:  # the library raises plain Exceptions
             raise ValueError(
                 f"{str(path)!r} is not a tokenizer file ({error}). Needed: what Tokenizer.save of the "
                 "`tokenizers` library writes, as tokenizer.json or tokenizer.json.xz."
@@ -145,15 +149,15 @@ class FileTokenizer:
         return self._fingerprint
 
     def to_json(self) -> bytes:
-        """The file that `load_tokenizer` reads back to the same tokenizer."""
+        """The file from which `load_tokenizer` loads the same tokenizer."""
         return self._backend.to_str().encode()
 
     def files(self) -> dict[str, bytes]:
-        """What lies beside a model that reads these tokens, by name."""
+        """The tokenizer files saved beside a model, by name."""
         return _files(self.to_json(), {"tokenizer_class": TOKENIZER_CONFIG["tokenizer_class"]})
 
     def spells_bytes(self) -> bool:
-        """Whether it gives every text the ids of `ByteTokenizer`."""
+        """Whether it gives the ids of `ByteTokenizer` for every text."""
         if self.vocab_size != 256:
             return False
         own, plain = (
@@ -171,7 +175,7 @@ class FileTokenizer:
 
 
 def load_tokenizer(path: str | Path | None = None) -> ByteTokenizer | FileTokenizer:
-    """The tokenizer in a file, or bytes when there is none or the file says so."""
+    """The tokenizer in a file; bytes if there is no file or it says so."""
     found = None if path is None else FileTokenizer(path)
     return ByteTokenizer() if found is None or found.spells_bytes() else found
 
@@ -196,9 +200,10 @@ def _checked_ids(ids: Sequence[int] | NDArray[Any], vocab_size: int) -> NDArray[
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TokenFile:
-    """Token ids on disk, `<name>.tokens` (raw little-endian) beside `<name>.json`, mapped into memory.
+    """Memory-mapped token ids on disk, `<name>.tokens` (raw little-endian) beside `<name>.json`.
 
-    Document i is tokens[documents[i]:documents[i + 1]], named names[i], of document_bytes[i] bytes of text.
+    Document i is tokens[documents[i]:documents[i + 1]], named names[i], of document_bytes[i] bytes
+    of text.
     """
 
     path: Path  # without a suffix
@@ -224,12 +229,13 @@ class TokenFile:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of text: what bits per byte divides by."""
+        """Bytes of text, the divisor of bits per byte."""
         return int(self.document_bytes.sum())
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenFile":
-        """Map `<name>.tokens` after a check of its header and length; ValueError when they do not fit."""
+        """Map `<name>.tokens` after checking its header and length; ValueError if they do not
+        fit."""
         stem = Path(path)
         stem = stem.with_suffix("") if stem.suffix in {".json", ".tokens"} else stem
         body, head = _pair(stem)
@@ -264,7 +270,7 @@ class TokenFile:
         return cls(stem, tokens, offsets, names, sizes, vocab_size, **rest)
 
     def verify(self) -> None:
-        """Read every token once and compare with the checksum; ValueError when a byte has changed."""
+        """Read every token once and verify the checksum; ValueError if a byte has changed."""
         body, _ = _pair(self.path)
         with body.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -273,11 +279,12 @@ class TokenFile:
 
 
 def prepare(sources: Sources, tokenizer: Tokenizer, cache_dir: str | Path) -> TokenFile:
-    """The tokens of `sources`, made once and kept in `cache_dir` under the hash of text and tokenizer.
+    """The tokens of `sources`, computed once and cached in `cache_dir` under the hash of text and
+    tokenizer.
 
-    The text is read again only when a file's path, size or time has changed, and tokenised again only when
-    its content has. Files appear whole or not at all; several processes may do this at once. ValueError as in
-    `read_documents`, and for a cached file that is damaged.
+    The text is read again only if a file's path, size or time has changed, and tokenised again only
+    if its contents have. Files are written atomically; several processes may do this at once.
+    ValueError as in `read_documents`, and for a damaged cached file.
     """
     with standing(sources) as files:
         return _prepared(files, tokenizer, cache_dir)
@@ -297,7 +304,7 @@ def _prepared(sources: Sources, tokenizer: Tokenizer, cache_dir: str | Path) -> 
     if made:
         _write(sources, tokenizer, source_sha256, stem)
     opened = TokenFile.open(stem)
-    if not made:  # what lay on a disk for long may have changed there
+    if not made:  # a file may have changed on disk since it was written
         opened.verify()
     if not quick.exists():
         with appearing(quick) as file:
@@ -387,22 +394,22 @@ def _write(sources: Sources, tokenizer: Tokenizer, source_sha256: str, stem: Pat
         "tokens_sha256": body.hexdigest(),
         "documents": {"names": names, "offsets": offsets, "num_bytes": sizes},
     }
-    # The header comes last: tokens without one are not yet there.
+    # The header is written last: tokens without one are incomplete.
     with appearing(header_file) as file:
         file.write(json.dumps(sealed(header)).encode("ascii"))
 
 
-# Before a space that ends a word: the one place where the usual pre-tokenizers (GPT-2, Llama, SentencePiece)
-# always part. At a line end they look at what is around it.
+# Before a space that ends a word: the one place where the usual pre-tokenizers (GPT-2, Llama,
+# SentencePiece) always split. At a line end they depend on the context.
 WORD_END = re.compile(rb"(?<=\S)(?= )")
 
 
 def _pieces(data: bytes, limit: int) -> Iterator[bytes]:
-    """`data` in pieces of at most `limit` bytes, cut where a word ends, or else where a character does."""
+    """`data` in parts of at most `limit` bytes, split at word ends, or else at character ends."""
     start = 0
     while len(data) - start > limit:
         end = start + limit
-        # The second half only, so that pieces stay large; one byte more than the piece, for the look-ahead.
+        # The second half only, so that parts stay large; one byte more, for the look-ahead.
         cuts = [match.end() for match in WORD_END.finditer(data, start + limit // 2, end + 1)]
         if cuts:
             end = cuts[-1]

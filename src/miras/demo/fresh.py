@@ -1,4 +1,5 @@
-"""A fresh process that goes on where a saved memory stopped: `python -m miras.demo.fresh FOLDER THREADS`."""
+"""A fresh process that continues from a saved memory: `python -m miras.demo.fresh FOLDER
+THREADS`."""
 
 import json
 import sys

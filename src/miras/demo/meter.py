@@ -1,4 +1,4 @@
-"""What a running act shows and measures: a live bar, and the memory that the process holds."""
+"""Progress bar and memory measurement of a running act."""
 
 import resource
 import sys
@@ -14,7 +14,7 @@ STATM = Path("/proc/self/statm")
 
 
 def process_memory_mb() -> float:
-    """Resident memory of this process in MB; its peak where the system tells no more."""
+    """Resident memory of this process in MB; its peak if the system reports only that."""
     if STATM.exists():
         return int(STATM.read_text().split()[1]) * resource.getpagesize() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -23,7 +23,7 @@ def process_memory_mb() -> float:
 
 @contextmanager
 def bar(console: Console, what: str, total: float) -> Iterator[Callable[[float, str], None]]:
-    """A live bar over `total`; the yielded function takes how far it is and a few words."""
+    """A progress bar over `total`; the yielded function takes the progress and a short text."""
     shown = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,9 +1,9 @@
 """The needle model: 0.2M parameters, trained on contexts of at most 2048 bytes, read at any length.
 
-The recipe is the committed one: `retrain` makes the shipped models anew. A memory that is to hold a number for a
-million bytes of any text must write nothing on filler. So its gates are hard (they can be exactly 0), training asks a
-small price for opening them once needles are found at all, and the filler is of many kinds. It is trained in stages:
-to keep a number, then values of all kinds, then to keep them for long.
+`retrain` repeats the training of the shipped models. A memory that is to hold a number for a
+million bytes of any text must not write on filler. So its gates are hard (they can be exactly 0),
+training penalises opening them once needles are found at all, and there are many kinds of filler.
+Training has stages: keeping a number, then values of all kinds, then keeping them for long.
 """
 
 import json
@@ -37,7 +37,7 @@ VALUES = ("number", "word", "code")
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One part of the training: so many steps, at these lengths, with keys and values of these kinds."""
+    """One stage of training: number of steps, lengths, and kinds of keys and values."""
 
     steps: int
     lr: float
@@ -48,7 +48,7 @@ class Stage:
     tokens_per_step: int = 4096
 
     def task(self, seed: int, books: Sequence[bytes]) -> NeedleTraining:
-        """Its needles, in the mixture of fillers and in books of one's own."""
+        """Its needles, in the mixture of fillers and in given books."""
         first = NeedleTask(self.lengths[0], filler=mixture(books), keys=self.keys, values=self.values)
         return NeedleTraining(
             tokens_per_step=self.tokens_per_step,
@@ -81,9 +81,11 @@ STEPS = sum(stage.steps for stage in STAGES)
 
 
 def needle_config() -> ModelConfig:
-    """Two layers of attention over 32 bytes, then a linear memory with an exact delta rule and a hard gate.
+    """Two layers of attention over 32 bytes, then a linear memory with an exact delta rule and a
+    hard gate.
 
-    Nothing is forgotten but what is written over, so that only the write gate has to know filler from needles.
+    Only overwriting removes anything, so only the write gate has to distinguish filler from
+    needles.
     """
     return preset(
         "swa-lmm",
@@ -118,9 +120,9 @@ def retrain(
 ) -> dict[str, LM]:
     """Train the models by the recipe and write them to folder/memory and folder/twin.
 
-    The twin has the first stage only: later ones are of what is farther than it sees, and taught it nothing. What a
-    stopped run left in folder/runs goes on from there. `show` gets a row for each step, counted over all
-    stages. `books` are texts to train on beside the mixture.
+    The twin has only the first stage: in the later ones needles are farther back than it sees, and
+    it learned nothing. An interrupted run in folder/runs is resumed. `show` gets a row per step,
+    counted over all stages. `books` are texts to train on besides the mixture.
     """
     models: dict[str, LM] = {}
     for name in names:
@@ -153,7 +155,7 @@ def retrain(
 
 
 def load(folder: Path | None = None, names: Sequence[str] = NAMES) -> dict[str, LM]:
-    """The two models, or some of them: the shipped ones, or those in a folder that `retrain` wrote."""
+    """The two models: the shipped ones, or those in a folder written by `retrain`."""
     if folder is not None:
         return {name: load_model(folder / name).eval() for name in names}
     with resources.as_file(resources.files("miras.demo") / "assets") as assets:

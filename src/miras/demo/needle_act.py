@@ -26,9 +26,11 @@ DEPTH = 0.01
 DIGITS = 5
 PIECE = 2048
 SAMPLED = 48
-"""One piece in this many is watched, and the needle's: watching forms each token's weights, which takes its time."""
+"""One piece in this many is observed, and the needle's: observing forms each token's weights, which
+is slow."""
 SECONDS = 75.0
-"""After so long the memory model stops reading filler and is asked: on a busy machine the haystack is smaller."""
+"""Seconds after which the memory model stops reading filler and gets the question: on a busy
+machine the haystack is smaller."""
 CHANCE = 100 / 90_000
 """Percent of needles found by guessing one of the five-digit numbers."""
 MEASURED_BY = "python benchmarks/needle.py --full --write accuracy.json"
@@ -41,13 +43,13 @@ TEXTS = {
     "digits": "digits",
     "ledger": "a ledger",
 }
-"""What the fillers of accuracy.json are called on the page; others go by their names."""
+"""Display names of the fillers in accuracy.json."""
 
 
 def needle_act(
     models: dict[str, LM], size: int, seed: int, console: Console, *, retrained: bool = False
 ) -> NeedleAct:
-    """Hide a needle, read everything with both models, ask, and say what they answered."""
+    """Hide a needle, read everything with both models, ask for it, and report their answers."""
     task = NeedleTask(size, digits=DIGITS, depth=DEPTH)
     sample = task.sample(seed + 1_000_000, 0)
     place = sample.text.index(b"The special magic number")
@@ -103,7 +105,7 @@ def needle_act(
 
 
 def _until(hay: Tokens, least: int, seconds: float, clock: Clock) -> Iterator[Tokens]:
-    """A text in pieces, all of it, or when time is up at least `least` bytes."""
+    """A text in pieces; when time is up, at least `least` bytes of it."""
     for start in range(0, len(hay), PIECE):
         if start >= least and clock() > seconds:
             return
@@ -113,7 +115,8 @@ def _until(hay: Tokens, least: int, seconds: float, clock: Clock) -> Iterator[To
 def _read(
     model: LM, hay: Iterator[Tokens], question: Tokens, size: int, place: int, what: str, console: Console
 ) -> tuple[str, dict[str, Curve]]:
-    """The digits a model gives after filler and question, and what it and the process did on the way."""
+    """The digits a model gives after filler and question, and what it and the process did on the
+    way."""
     xs: list[float] = []
     memory: list[float] = []
     watched: list[tuple[float, float, float]] = []
@@ -150,14 +153,16 @@ def _read(
 
 
 def shipped_rows() -> list[dict[str, Any]]:
-    """The rows of accuracy.json for one needle: what was measured for the shipped models; none where nothing was."""
+    """The rows of accuracy.json for one needle: what was measured for the shipped models; none
+    where nothing was."""
     file = resources.files("miras.demo") / "assets" / "accuracy.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
     return [r for r in rows if r.get("needles", 1) == 1 and r.get("kinds") != "all"]
 
 
 def other_texts(rows: list[dict[str, Any]]) -> list[Haystack]:
-    """Needles found in each kind of text, at each length that was measured in another text than the act's."""
+    """Needles found in each kind of text, at each length that was measured in another text than the
+    act's."""
     lengths = {r["length"] for r in rows if r["filler"] != "noise"}
     share = {(r["filler"], r["length"], r["model"]): 100 * r["accuracy"] for r in rows}
     return [

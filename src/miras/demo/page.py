@@ -34,7 +34,8 @@ class HeadlineRow:
 
 @dataclass(frozen=True)
 class Haystack:
-    """Needles found in one kind of text of `context` bytes: percent of `n` trials, for both models."""
+    """Needles found in one kind of text of `context` bytes: percent of `n` trials, for both
+    models."""
 
     name: str
     context: int
@@ -47,10 +48,11 @@ class Haystack:
 class NeedleAct:
     """Act one: a needle read early in `bytes_read` bytes and asked for at the end.
 
-    `haystack` is what the text around it is made of, `retrained` whether the models were trained in this run. Shipped
-    figures: `accuracy` over context length, measured by `command`, and `others`, the needles found in other texts.
-    The other curves run over tokens read: process memory in MB, mean write rate, and the norm of the memory; for the
-    last two one piece in `watched_of` was watched.
+    `haystack` is what the text around it is made of, `retrained` whether the models were trained in
+    this run. Shipped figures: `accuracy` over context length, measured by `command`, and `others`,
+    the needles found in other texts. The other curves run over tokens read: process memory in MB,
+    mean write rate, and the norm of the memory; for the last two one piece in `watched_of` was
+    watched.
     """
 
     needle: str
@@ -97,7 +99,8 @@ class NeedleAct:
 
     @property
     def marked(self) -> list[tuple[str, str]]:
-        """The needle in parts (text, kind): its key and its value, where they occur, have a kind."""
+        """The needle in parts (text, kind): its key and its value, where they occur, have a
+        kind."""
         starts = sorted((self.needle.find(word), word, kind) for word, kind in self._words if word)
         parts, end = [], 0
         for start, word, kind in starts:
@@ -131,7 +134,8 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class SavedMemory:
-    """A memory written to `file`, and the largest difference of `compared` after a fresh process loaded it."""
+    """A memory written to `file`, and the largest difference of `compared` after a fresh process
+    loaded it."""
 
     file: str
     bytes: int
@@ -141,7 +145,8 @@ class SavedMemory:
 
 @dataclass(frozen=True)
 class LearningAct:
-    """Act two: training loss over `loss_x`, bits per byte along a held-out book, a written text, the saved memory."""
+    """Act two: training loss over `loss_x`, bits per byte along a held-out book, a written text,
+    the saved memory."""
 
     loss: list[Curve]
     loss_x: str

@@ -38,9 +38,9 @@ from miras.zoo import attention_twin, preset
 
 BATCH, LENGTH, CHUNK = 4, 256, 32
 LEAST = 10
-"""Steps of training that are made in any case."""
+"""Minimum number of training steps."""
 HELD_OUT = 4.0
-"""Seconds that tell how many held-out bytes are read under each condition."""
+"""Seconds that determine how many held-out bytes are read under each condition."""
 PAGE = 7000
 CONDITIONS = ("learning", "reset", "frozen-warmed", "frozen")
 NAMES = {
@@ -53,7 +53,8 @@ NAMES = {
 
 
 def reading_config() -> ModelConfig:
-    """A small byte-level titans-mag: linear memory, momentum, chunks of 32, a window of 64 bytes."""
+    """A small byte-level titans-mag: linear memory, momentum, chunks of 32, a window of 64
+    bytes."""
     return preset(
         "titans-mag",
         hidden_size=96,
@@ -77,10 +78,11 @@ def new_run(config: ModelConfig, novel: Novel, seed: int) -> Run:
 
 
 def train_for(runs: dict[str, Run], seconds: float, console: Console) -> list[Curve]:
-    """Train models in turns until the time is over, so that all have read the same: one loss curve for each.
+    """Train models alternately until time is up, so that all have read the same; returns one loss
+    curve for each.
 
-    How many steps fit is told anew before each one, from all that were made, so that the learning rate has fallen
-    when time is over, however busy the machine became on the way.
+    The number of steps that fit is re-estimated before each step, so that the learning rate has
+    decayed when time is up, however busy the machine became.
     """
     clock = Clock()
     means = {name: Means() for name in runs}
@@ -106,7 +108,8 @@ def train_for(runs: dict[str, Run], seconds: float, console: Console) -> list[Cu
 def reading_act(
     novel: Novel, out: Path, seconds: float, seed: int, console: Console
 ) -> tuple[LearningAct, LM, int]:
-    """Train a titans-mag and its twin, read the held-out chapters, write a paragraph, save and go on."""
+    """Train a titans-mag and its twin, read the held-out chapters, write a paragraph, save and go
+    on."""
     console.print(f"\n[bold]It learns to read.[/] {novel.title}, {len(novel.train):,} bytes to learn from.")
     config = reading_config()
     run, twin = (new_run(each, novel, seed) for each in (config, attention_twin(config)))
@@ -156,7 +159,8 @@ def _against(curve: StreamCurve, base: float) -> str:
 
 
 def _held_out(model: LM, twin: LM, held: np.ndarray, console: Console) -> Iterator[StreamCurve]:
-    """The held-out text under every condition; shorter on a slow machine, so that the demo keeps its time."""
+    """Evaluate the held-out text under every condition; shorter on a slow machine, to keep the
+    demo's time."""
     held = held[: _fitting(model, held, HELD_OUT)]
     with bar(console, f"reading {len(held):,} held-out bytes", len(held) * 5) as show:
         for i, condition in enumerate((*CONDITIONS, "twin")):
@@ -173,7 +177,7 @@ def _held_out(model: LM, twin: LM, held: np.ndarray, console: Console) -> Iterat
 
 
 def _fitting(model: LM, held: np.ndarray, seconds: float) -> int:
-    """How many bytes are read in so many seconds: not guessed from the first ones, but read."""
+    """Measure how many bytes are read in that many seconds."""
     clock = Clock()
     count = 0
     for part in read_pieces(model, held):
@@ -184,7 +188,7 @@ def _fitting(model: LM, held: np.ndarray, seconds: float) -> int:
 
 
 def fair_reading(curves: list[StreamCurve]) -> list[str]:
-    """What the comparison says and what it does not, from its numbers."""
+    """What the comparison shows and what it does not, from its numbers."""
     mean = {c.condition: c.mean for c in curves}
     gain = mean["twin"] - mean["learning"]
     best = "below" if gain > 0 else "above"
@@ -201,13 +205,14 @@ def fair_reading(curves: list[StreamCurve]) -> list[str]:
 
 
 def save_and_go_on(model: LM, held: np.ndarray, out: Path) -> SavedMemory:
-    """Read half, save, and read on here and in a fresh process that loads the file: the same losses?"""
+    """Read half, save, and continue both here and in a fresh process that loads the file: are the
+    losses equal?"""
     part, more = held[:8192], held[8192 : 8192 + 2048]
     state = read(model, part).state
     path = out / "memory.safetensors"
     save_state(path, state, model)
     (out / "more.bin").write_bytes(more.tobytes())
-    # What is read from the file must equal what was never saved, so both start from the same bytes and threads.
+    # The loaded state must equal the one in memory, so both start from the same bytes and threads.
     here = read(model, more, state).losses
     command = [sys.executable, "-m", "miras.demo.fresh", str(out), str(torch.get_num_threads())]
     told = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -222,7 +227,8 @@ def save_and_go_on(model: LM, held: np.ndarray, out: Path) -> SavedMemory:
 
 
 def surprise_act(model: LM, novel: Novel) -> SurpriseAct:
-    """A page of the held-out text with what surprised the memory, after it has read the chapters before."""
+    """A page of the held-out text with what surprised the memory, after reading the previous
+    chapters."""
     held = novel.heldout
     start = held.index(b"\n", min(20_000, len(held) // 2)) + 1
     text = held[start : start + PAGE].decode(errors="ignore")

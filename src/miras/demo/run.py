@@ -1,4 +1,4 @@
-"""`miras demo`: three acts, a table, and a page."""
+"""`miras demo`: three acts, a table and a page."""
 
 import importlib.metadata
 import platform
@@ -22,7 +22,7 @@ from miras.report.explorer import agreement
 
 
 def demo(options: DemoOptions) -> int:
-    """Run the three acts and write OUT/report.html; the exit status."""
+    """Run the three acts and write OUT/report.html; returns the exit status."""
     set_threads(options.threads)
     if options.needle_bytes < 4096:
         raise ValueError(f"--needle-bytes must be at least 4096, got {options.needle_bytes}")
@@ -90,7 +90,7 @@ def demo(options: DemoOptions) -> int:
 
 
 def headline(first: NeedleAct, second: LearningAct) -> list[HeadlineRow]:
-    """The rows of the closing table, whatever they say."""
+    """The rows of the closing table."""
     low, high = min(first.process_memory.y), max(first.process_memory.y)
     by_name = {a.condition: a.bits_per_byte for a in second.averages}
     saved = second.saved
@@ -125,7 +125,7 @@ def headline(first: NeedleAct, second: LearningAct) -> list[HeadlineRow]:
 
 
 def _retrained(options: DemoOptions, console: Console) -> dict[str, LM]:
-    """Both needle models, trained anew by the committed recipe."""
+    """Both needle models, retrained."""
     with bar(console, "training needle models", STEPS + STAGES[0].steps) as show:
 
         def tell(name: str, row: dict[str, float]) -> None:

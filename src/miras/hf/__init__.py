@@ -1,7 +1,9 @@
-"""The models as `transformers` models: load, save, generate, train and tune them with the tools made for those.
+"""The models as `transformers` models: load, save, generate, train and fine-tune them with its
+tools.
 
-Importing this module makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`, `AutoModelForSequenceClassification`
-and `AutoTokenizer` know the folders that `miras train` and `save_pretrained` write.
+Importing this module makes `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`,
+`AutoModelForSequenceClassification` and `AutoTokenizer` know the folders that `miras train` and
+`save_pretrained` write.
 """
 
 from transformers import (

@@ -1,4 +1,4 @@
-"""What `generate` keeps between its calls: the state of a model, and where a prompt stands to it."""
+"""What `generate` keeps between calls: the state of a model, and what of a prompt it has read."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,8 @@ from miras.nn.lm import LMState
 
 @dataclass(frozen=True)
 class Turn:
-    """How `generate` was called: sequences for each row of the prompt, whether by beams, and ids that end one."""
+    """How `generate` was called: sequences per prompt row, whether beam search, and end-of-sequence
+    ids."""
 
     copies: int = 1
     beams: bool = False
@@ -19,12 +20,13 @@ class Turn:
 
 
 class MirasCache(Cache):
-    """What a batch has read: the state of a model, of constant size however long the streams are.
+    """What a batch has read: the state of a model, of constant size for any length of stream.
 
-    state: an `LMState` of B rows, None before the first token; its `tokens` (B,) counts all that was ever read.
-    `get_seq_length()` counts what was read since the cache was made or `begin_turn` was called: the tokens that
-    `generate` may be given again. pending (B, 1): the token that `generate` made last and no one has read; set it to
-    None to leave it out. `copy.copy` forks a cache; nothing that happens to the copy touches the original.
+    state: an `LMState` of B rows, None before the first token; its `tokens` (B,) counts all that
+    was ever read. `get_seq_length()` counts tokens since the cache was made or `begin_turn` was
+    called: those that `generate` may be given again. pending (B, 1): the last token from
+    `generate`, which has not been read; set it to None to omit it. `copy.copy` forks a cache; the
+    copy and the original are independent.
     """
 
     def __init__(self, state: LMState | None = None) -> None:
@@ -32,15 +34,17 @@ class MirasCache(Cache):
         self.state = state
         self.pending: Tensor | None = None
         self._length = 0
-        self._print: Tensor | None = None  # a hash of the ids of that length, (B,) int64; None if not known
-        self._closed: str | None = None  # why nobody may go on with it
+        # a hash of the ids of that length, (B,) int64; None if not known
+        self._print: Tensor | None = None
+        self._closed: str | None = None  # why it cannot be continued
         self._turn = Turn()
         self._home: torch.device | None = None
 
     def begin_turn(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """What to give to `generate`, or to the model, so that it goes on with new tokens (B, T) only.
+        """The inputs for `generate`, or the model, to continue with new tokens (B, T) only.
 
-        The token that was made last, and that nobody has read, comes first. Constant memory: no history is needed.
+        The last generated token, which has not been read, comes first. Constant memory: no history
+        is needed.
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if self.pending is not None:
@@ -53,7 +57,8 @@ class MirasCache(Cache):
         return {"input_ids": input_ids, "attention_mask": mask}
 
     def open(self, input_ids: Tensor | None) -> LMState | None:
-        """The state to go on from with these ids. Raises ValueError where tokens would be left out."""
+        """The state to continue from with these ids. Raises ValueError if tokens would be
+        omitted."""
         if self._closed is not None:
             raise ValueError(self._closed)
         if self.pending is not None:
@@ -66,14 +71,15 @@ class MirasCache(Cache):
         return self.state
 
     def advance(self, state: LMState, input_ids: Tensor | None, length: int) -> None:
-        """Take the state after `length` more tokens of each row, without its history."""
+        """Store the detached state after `length` more tokens of each row."""
         known = self._length == 0 or self._print is not None
         self._print = _fingerprint(input_ids, self._print) if known and input_ids is not None else None
         self.state, self.pending = state.detach(), None
         self._length += length
 
     def check_prompt(self, input_ids: Tensor | None) -> None:
-        """Raise ValueError unless a prompt begins with all that was read, or `begin_turn` was called."""
+        """Raise ValueError unless a prompt begins with everything read so far, or `begin_turn` was
+        called."""
         if self._closed is not None:
             raise ValueError(self._closed)
         n = self._length
@@ -91,13 +97,14 @@ class MirasCache(Cache):
             )
 
     def prepare(self, turn: "Turn", rows: int) -> None:
-        """Before `generate` reads a prompt of `rows` rows: a row of the state for each of its sequences."""
+        """Before `generate` reads a prompt of `rows` rows: repeat the state for each of its
+        sequences."""
         self._turn = turn
         if turn.copies > 1 and self.batch_size == rows:
             self.batch_repeat_interleave(turn.copies)
 
     def end_turn(self, made: Tensor) -> None:
-        """After `generate` has made (B, n) tokens: the last one is not read yet."""
+        """After `generate` has returned (B, n) tokens: the last one has not been read yet."""
         self.pending = made[:, -1:] if made.shape[1] else None
         ends = self._turn.ends
         if self._turn.beams:
@@ -113,7 +120,8 @@ class MirasCache(Cache):
                 )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of each row since the cache was made or `begin_turn` was called, padding included."""
+        """Tokens of each row since the cache was made or `begin_turn` was called, padding
+        included."""
         return self._length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -121,7 +129,7 @@ class MirasCache(Cache):
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """The width of a mask over all that was read and `query_length` tokens more, and 0."""
+        """The width of a mask over everything read plus `query_length` tokens, and 0."""
         return self._length + query_length, 0
 
     def reset(self) -> None:
@@ -129,7 +137,7 @@ class MirasCache(Cache):
         self.__init__()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refused: what a memory has learned cannot be taken back."""
+        """Refused: a memory cannot undo what it has learned."""
         raise ValueError(
             f"a memory cannot undo its last {abs(tokens_to_remove)} tokens; keep a fork of the cache, made with "
             f"copy.copy, where going back is needed"
@@ -188,7 +196,7 @@ class MirasCache(Cache):
 
 
 def _fingerprint(ids: Tensor, before: Tensor | None) -> Tensor:
-    """A hash of each row of ids (B, T), gone on with from the hash of what came before, (B,) int64."""
+    """An incremental hash of each row of ids (B, T), continuing `before`, (B,) int64."""
     T = ids.shape[1]
     power = torch.full((T + 1,), 6364136223846793005, device=ids.device)
     power[0] = 1

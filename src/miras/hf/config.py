@@ -1,4 +1,4 @@
-"""The config of a model as `transformers` keeps one."""
+"""The config of a model for `transformers`."""
 
 from contextvars import ContextVar
 from pathlib import Path
@@ -16,11 +16,11 @@ trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 
 
 class MirasConfig(PreTrainedConfig):
-    """A `ModelConfig` as `transformers` keeps one: the entries of `ModelConfig.to_dict` as attributes.
+    """A `ModelConfig` for `transformers`: the entries of `ModelConfig.to_dict` as attributes.
 
-    What is not given has the default of `ModelConfig`; `MirasConfig.of(miras.preset(...))` makes one from a preset.
-    Code that it names by import path runs only where it was read with `trust_remote_code=True`. Raises ValueError for
-    fields that neither side knows.
+    Missing fields have the defaults of `ModelConfig`; `MirasConfig.of(miras.preset(...))` makes one
+    from a preset. Code named by import path runs only if loaded with `trust_remote_code=True`.
+    Raises ValueError for fields that neither side knows.
     """
 
     model_type: ClassVar[str] = MODEL_TYPE
@@ -44,24 +44,25 @@ class MirasConfig(PreTrainedConfig):
         for name, value in (usual | given).items():
             setattr(self, name, value)
         super().__post_init__(**kwargs)
-        self._trusted = False  # whatever a file says
+        self._trusted = False  # regardless of the file
 
     @classmethod
     def of(cls, config: ModelConfig, **kwargs: Any) -> Self:
         """The same model's config here; `kwargs` are fields that only `transformers` has."""
         made = cls(**config.to_dict(), **kwargs)
-        made._trusted = True  # its parts are objects of this process already
+        made._trusted = True  # its parts are already objects of this process
         return made
 
     def model_config(self) -> ModelConfig:
-        """The config that `miras.LM` takes. Raises ValueError for one that describes no model."""
+        """The config for `miras.LM`. Raises ValueError if it does not describe a model."""
         self._trusted = self._trusted or trusting.get()
         plain = {name: getattr(self, name) for name in _NAMES if hasattr(self, name)}
         return ModelConfig.from_dict(plain, trust_remote_code=self._trusted)
 
     @classmethod
     def from_pretrained(cls, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers`; `trust_remote_code` allows the config to name code to import and run."""
+        """As in `transformers`; `trust_remote_code` allows the config to name code to import and
+        run."""
         found = super().from_pretrained(*args, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         config._trusted = bool(trust_remote_code)
@@ -78,15 +79,14 @@ class MirasConfig(PreTrainedConfig):
         for name, data in CODE.items():
             write_atomically(Path(save_directory) / name, data)
         super().save_pretrained(save_directory, *args, **kwargs)
-        (Path(save_directory) / CHECKSUMS).unlink(
-            missing_ok=True
-        )  # those of the files that were there before
+        (Path(save_directory) / CHECKSUMS).unlink(missing_ok=True)  # those of files from before
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: every saved config names its classes, and their source stays in the package."""
+        """Does nothing: every saved config names its classes, and their source stays in the
+        package."""
 
 
 _NAMES = ("format_version", *KNOWN)
 _OPTIONS = {"num_labels", "attn_implementation", "experts_implementation", "quantization_config"}
-"""What `transformers` takes beside the fields that it writes."""
+"""Further fields that `transformers` accepts."""

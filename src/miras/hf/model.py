@@ -22,7 +22,7 @@ from miras.nn.lm import LM, Reader, Stack
 
 @contextmanager
 def _full_precision() -> Generator[torch.dtype, None, None]:
-    """Make modules in fp32 inside the block, and tell the type that was asked for."""
+    """Make modules in fp32 inside the `with` block, and yield the requested dtype."""
     asked = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -44,7 +44,8 @@ class MirasPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, trust_remote_code: bool | None = None, **kwargs: Any) -> Any:
-        """As in `transformers`; `trust_remote_code` allows the config to name code to import and run."""
+        """As in `transformers`; `trust_remote_code` allows the config to name code to import and
+        run."""
         token = trusting.set(bool(trust_remote_code))
         try:
             return super().from_pretrained(*args, **kwargs)
@@ -53,17 +54,18 @@ class MirasPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        """Nothing: every saved config names its classes, and their source stays in the package."""
+        """Does nothing: every saved config names its classes, and their source stays in the
+        package."""
 
     def post_init(self) -> None:
-        """Note what has its first values: all but what was made without memory of its own."""
+        """Mark which parameters are initialised: all but those on the meta device."""
         for x in [*self.parameters(), *self.buffers()]:
             x._is_hf_initialized = not x.is_meta
         super().post_init()
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Give what neither the constructor nor a checkpoint has filled the values that a new model has."""
+        """Initialise what neither the constructor nor a checkpoint has filled."""
         for module in self.modules():
             if isinstance(module, Gates):
                 module.reset_fixed()
@@ -75,12 +77,12 @@ class MirasPreTrainedModel(PreTrainedModel):
                 self.get_parameter(name).copy_(new.get_parameter(name))
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What `transformers` adds to a model, such as embeddings of new tokens."""
+        """Initialise what `transformers` adds to a model, such as embeddings of new tokens."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the layers do it by themselves."""
+        """Refused: memory layers already recompute."""
         raise ValueError(
             f"{type(self).__name__} has no gradient checkpointing to enable: memory layers already recompute groups "
             f"of chunks in the backward pass; omit activation_checkpointing"
@@ -88,7 +90,7 @@ class MirasPreTrainedModel(PreTrainedModel):
 
 
 class MirasModel(MirasPreTrainedModel, Reader):
-    """Embedding, blocks and the last norm: tokens to hidden states."""
+    """Embedding, residual blocks and the final norm: tokens to hidden states."""
 
     def __init__(self, config: MirasConfig) -> None:
         super().__init__(config)
@@ -110,11 +112,12 @@ class MirasModel(MirasPreTrainedModel, Reader):
         reset: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """input_ids (B, T), or inputs_embeds (B, T, hidden), read behind what `past_key_values` has read.
+        """input_ids (B, T), or inputs_embeds (B, T, hidden), read after what `past_key_values` has
+        read.
 
-        attention_mask (B, past + T): 0 for padding, which changes nothing. write, reset (B, T) bool: a token outside
-        `write` is read without learning; `reset` marks the first token of a document. Raises ValueError for inputs
-        that are none of these, and for other ways of saying where tokens are.
+        attention_mask (B, past + T): 0 for padding, which changes nothing. write, reset (B, T)
+        bool: a token outside `write` is read without learning; `reset` marks the first token of a
+        document. Raises ValueError for other inputs, such as position_ids.
         """
         _refuse(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -134,7 +137,7 @@ class MirasModel(MirasPreTrainedModel, Reader):
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
-    """Raise ValueError for inputs that would be left out without a word."""
+    """Raise ValueError for inputs that would be silently ignored."""
     for name, instead in (
         (
             "position_ids",
@@ -150,7 +153,7 @@ def _refuse(kwargs: dict[str, Any]) -> None:
 
 
 def _valid(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask of the tokens x (B, T, ...) of which an attention mask (B, past + T) is given."""
+    """The mask of the tokens x (B, T, ...) from an attention mask (B, past + T)."""
     if mask is None:
         return None
     if mask.dim() != 2 or len(mask) != len(x) or mask.shape[1] < x.shape[1]:
@@ -174,19 +177,21 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
 
     @classmethod
     def of(cls, model: LM, **kwargs: Any) -> Self:
-        """The same model here, with the same parameters, not copies; `kwargs` as `MirasConfig.of` takes them."""
+        """The same model here, with the same parameters, not copies; `kwargs` as `MirasConfig.of`
+        takes them."""
         with torch.device("meta"):
             made = cls(MirasConfig.of(model.config, **kwargs))
         return _sharing(made, model)
 
     def lm(self) -> LM:
-        """The same model as a `miras.LM`, with the same parameters, not copies: for sessions, streams and reports."""
+        """The same model as a `miras.LM`, with the same parameters, not copies: for sessions,
+        streams and reports."""
         with torch.device("meta"):
             made = LM(self.config.model_config())
         return _sharing(made, self)
 
     def projections(self) -> list[str]:
-        """Names of the linear maps to queries, keys, values and out of each mixer: what LoRA is for."""
+        """Names of the query, key, value and output projections of each mixer, for LoRA."""
         return [
             name
             for name, module in self.named_modules()
@@ -208,9 +213,10 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         reset: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As `MirasModel`; labels (B, T) are the input ids again, -100 where a token is not scored.
+        """As `MirasModel`; labels (B, T) are the input ids, -100 where a token is not scored.
 
-        What padding would predict is not scored. `logits_to_keep`: only the last so many logits, 0 for all.
+        Predictions from padding are not scored. `logits_to_keep`: only the last so many logits, 0
+        for all.
         """
         out = self.model(
             input_ids,
@@ -237,10 +243,10 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`, and a `MirasCache` of an earlier turn is gone on with.
+        """As in `transformers`; a `MirasCache` of an earlier turn is continued.
 
-        A prompt is then all of the text so far, or what `MirasCache.begin_turn` gives for new tokens only. Raises
-        ValueError for one that is neither, which would drop tokens.
+        The prompt is then the whole text so far, or the output of `MirasCache.begin_turn` for new
+        tokens only. Raises ValueError for any other prompt, which would drop tokens.
         """
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         given = kwargs.get("past_key_values")
@@ -261,7 +267,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
-        """Put a MirasCache where `generate` looks for one, with a row for every sequence."""
+        """Put a MirasCache where `generate` expects one, with a row for every sequence."""
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not supported: the models' "
@@ -318,7 +324,8 @@ class MirasForSequenceClassification(MirasPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """As `MirasModel`; logits (B, labels). Without a mask, ids equal to `config.pad_token_id` are padding."""
+        """As `MirasModel`; logits (B, labels). Without a mask, ids equal to `config.pad_token_id`
+        are padding."""
         pad = self.config.pad_token_id
         if attention_mask is None and input_ids is not None and pad is not None:
             attention_mask = (input_ids != pad).long()

@@ -1,1 +1,1 @@
-"""Tools of layers that own no parameter: attention and convolutions."""
+"""Functions used by layers, without parameters: attention and convolutions."""

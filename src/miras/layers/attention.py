@@ -1,6 +1,8 @@
-"""Causal attention over a stream, in a sliding window or over everything: (q, k, v, window) -> (y, window).
+"""Causal attention over a stream, in a sliding window or over everything: (q, k, v, window) -> (y,
+window).
 
-Shapes: B rows, H heads, T tokens, D head width, L cached keys, P persistent tokens, m keys of a token.
+Shapes: B rows, H heads, T tokens, D head width, L cached keys, P persistent tokens, m keys of a
+token.
 """
 
 from dataclasses import dataclass
@@ -17,9 +19,9 @@ from miras.core.state import Record
 class Window(Record):
     """The keys and values that later tokens may still see.
 
-    k, v (B, H, L, D), rotated already; position (B, L) int64, -1 where there is none; next (B,) int64 the
-    position of the next token; start (B,) int64 where the open document began. L is the window size, times the
-    keys of a token, for sliding attention, and grows for full attention.
+    k, v (B, H, L, D), already rotated; position (B, L) int64, -1 for empty places; next (B,) int64,
+    the position of the next token; start (B,) int64, where the open document began. L is the window
+    size, times the keys of a token, for sliding attention, and grows for full attention.
     """
 
     k: Tensor
@@ -42,11 +44,13 @@ def init_window(rows: int, heads: int, width: int, size: int | None, like: Tenso
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of x (B, H, T, D) at int64 positions (B, T), or (B, 1) for all; D must be even.
+    """Rotary embedding of x (B, H, T, D) at int64 positions (B, T), or (B, 1) for all; D must be
+    even.
 
     Angles are formed in fp64: in fp32 they are 0.25 rad wrong at position 10,000,000.
     """
-    rates = _rates.__wrapped__ if torch.compiler.is_compiling() else _rates  # a graph remembers nothing
+    # a graph remembers nothing
+    rates = _rates.__wrapped__ if torch.compiler.is_compiling() else _rates
     rate = rates(x.shape[-1] // 2, theta, x.device)
     angle = position[:, None, :, None] * rate
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -57,7 +61,7 @@ def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
 @lru_cache(maxsize=64)
 def _rates(half: int, theta: float, device: torch.device) -> Tensor:
     """Turns per position of each pair of channels, theta^(-i / half), (half,) in fp64."""
-    with torch.inference_mode(False):  # or training, later, could not use them
+    with torch.inference_mode(False):  # because training could not use them later
         return torch.pow(theta, -torch.arange(half, dtype=torch.float64, device=device) / half)
 
 
@@ -74,12 +78,14 @@ def attention(
     length: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Window]:
-    """Token t attends to the last `size` tokens of its document, itself included (all of them for None).
+    """Token t attends to the last `size` tokens of its document, itself included (all of them for
+    None).
 
-    q (B, H, T, D), k, v (B, H, m T, D): each token brings m keys in a row, all at its own position; `there`
-    (B, m T) bool leaves some of them out. `theta` the base of the rotary embedding, None for none; `persistent`
-    keys and values (H, P, D) that every token sees, without position. `length` (B,) counts the tokens of each row,
-    the rest is padding behind them; `reset` (B, T) marks tokens that start a document. Returns y (B, H, T, D).
+    q (B, H, T, D), k, v (B, H, m T, D): each token has m consecutive keys, all at its own position;
+    `there` (B, m T) bool masks out some of them. `theta`: the base of the rotary embedding, None
+    for none; `persistent`: keys and values (H, P, D) that every token sees, without position.
+    `length` (B,): the number of tokens of each row, followed by padding; `reset` (B, T) marks
+    tokens that start a document. Returns y (B, H, T, D).
     """
     B, _, T, _ = q.shape
     if T == 0:
@@ -92,7 +98,8 @@ def attention(
     start = window.start[:, None].expand(B, T)
     if reset is not None:
         start = torch.where(reset, position, start).cummax(1).values
-    free = None if persistent is None else (q @ persistent[0].mT, persistent[1])  # before q has a position
+    # before q has a position
+    free = None if persistent is None else (q @ persistent[0].mT, persistent[1])
     place = position if m == 1 else position.repeat_interleave(m, 1)
     if theta is not None:
         q, k = rotate(q, position, theta), rotate(k, place, theta)
@@ -103,7 +110,7 @@ def attention(
         there = real if there is None else there & real
     if there is not None:
         place = torch.where(there, place, -1)
-        # Weight 0 does not silence a padding value that is not a number.
+        # A weight of 0 does not remove a padding value that is NaN or infinite.
         k, v = (x.masked_fill(~there[:, None, :, None], 0) for x in (k, v))
     keys, values = torch.cat([window.k, k], 2), torch.cat([window.v, v], 2)
     places = torch.cat([window.position, place], 1)
@@ -118,7 +125,7 @@ def attention(
 
     moved = torch.full_like(window.next, T) if length is None else length
     full = m * (size or 0)
-    if size is not None and window.k.shape[2] < full:  # a window that was handed over empty
+    if size is not None and window.k.shape[2] < full:  # a window that was emptied
         short = full - window.k.shape[2]
         keys, values = F.pad(keys, (0, 0, short, 0)), F.pad(values, (0, 0, short, 0))
         places = F.pad(places, (short, 0), value=-1)
@@ -133,14 +140,14 @@ def attention(
         k, v, kept = keys.gather(2, wide), values.gather(2, wide), places.gather(1, index)
     newest = start.gather(1, (moved - 1).clamp_min(0)[:, None])[:, 0]
     start = torch.where(moved > 0, newest, window.start)
-    if reset is not None:  # what an earlier document left is never seen again, whatever it is
+    if reset is not None:  # what an earlier document left is never visible again
         gone = (kept < start[:, None])[:, None, :, None]
         k, v = k.masked_fill(gone, 0), v.masked_fill(gone, 0)
     return y, Window(k, v, kept, window.next + moved, start)
 
 
 def _is_full(window: Window, size: int | None, m: int) -> bool:
-    """Whether the window has its place for every key, and not been handed over empty."""
+    """Whether the window has a place for every key, and was not emptied."""
     return size is None or window.k.shape[2] == m * size
 
 
@@ -153,7 +160,7 @@ def _next(
     theta: float | None,
     persistent: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Window]:
-    """`attention` of every row's next token, q scaled: the window moves, and all it holds of the document is seen."""
+    """`attention` for the next token of every row, q scaled: the window moves by one token."""
     m = k.shape[2]
     free = None if persistent is None else (q @ persistent[0].mT, persistent[1])
     here = window.next[:, None]
@@ -169,14 +176,16 @@ def _next(
 
 
 def _hidden(position: Tensor, start: Tensor, places: Tensor, size: int | None) -> Tensor:
-    """Which places (..., L) a token at `position` (..., T), its document begun at `start`, cannot see."""
+    """Which keys (..., L) are hidden from a token at `position` (..., T) whose document began at
+    `start`."""
     place, here = places[..., None, :], position[..., :, None]
     hidden = (place > here) | (place < start[..., :, None]) | (place < 0)
     return hidden if size is None else hidden | (place <= here - size)
 
 
 def _apart(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, free: tuple[Tensor, Tensor] | None) -> Tensor:
-    """`_softmax_read` of several documents: numbers that are none stay in theirs, which weight 0 would not see to."""
+    """`_softmax_read` with several documents: NaN and infinity stay in their own, which a weight of
+    0 would not ensure."""
     broken = ~(k.isfinite() & v.isfinite()).all(-1)  # (..., H, L)
     k, v = (x.masked_fill(broken[..., None], 0) for x in (k, v))
     meets = (~hidden & broken.any(-2)[..., None, :]).any(-1)[..., None, :, None]
@@ -186,7 +195,7 @@ def _apart(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, free: tuple[Tensor, 
 def _softmax_read(
     q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, free: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Attention of scaled q (..., H, T, D) over k, v (..., H, L, D) but where hidden (..., T, L), and what persists.
+    """Attention of scaled q (..., H, T, D) over visible k, v (..., H, L, D) and persistent tokens.
 
     `free` holds the persistent tokens' scores (..., H, T, P) and values (H, P, D).
     """
@@ -195,7 +204,7 @@ def _softmax_read(
         weight = torch.cat([free[0], score], -1).softmax(-1)
         known, met = weight.split([free[0].shape[-1], score.shape[-1]], -1)
         return known @ free[1] + met @ v
-    # A padding token sees nothing: its row of -inf must not become NaN.
+    # A padding token sees nothing; its row of -inf must not become NaN.
     nothing = hidden.all(-1)[..., None, :, None]
     return score.masked_fill(nothing, 0.0).softmax(-1) @ v
 
@@ -226,13 +235,14 @@ def _banded(
     free: tuple[Tensor, Tensor] | None,
     documents: bool,
 ) -> Tensor:
-    """Blocks of `size` queries, each against its own and the previous block of keys: linear in T."""
+    """Tiles of `size` queries, each against its own and the previous tile of keys: linear in T."""
     assert size is not None
     T = q.shape[2]
     blocks = -(-T // size)
     pad = blocks * size - T
     m = k.shape[2] // (size + T)
-    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, size)).transpose(1, 2)  # (B, blocks, H, size, D)
+    # (B, blocks, H, size, D)
+    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, size)).transpose(1, 2)
     position = F.pad(position, (0, pad), value=-1).unflatten(1, (blocks, size))
     start = F.pad(start, (0, pad)).unflatten(1, (blocks, size))
     k, v = (F.pad(x, (0, 0, 0, m * pad)) for x in (k, v))  # (B, H, m (size + blocks * size), D)

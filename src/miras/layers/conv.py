@@ -21,11 +21,12 @@ def conv(
     length: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y_t = activation(sum_j weight[:, j] x_{t - K + 1 + j}): x (B, T, D), tail (B, K - 1, D), weight (D, K).
+    """y_t = activation(sum_j weight[:, j] x_{t - K + 1 + j}): x (B, T, D), tail (B, K - 1, D),
+    weight (D, K).
 
-    `tail` holds the K - 1 inputs before x (zeros at a stream's start). `length` (B,) is the number of tokens of
-    each row, the rest of the row being padding behind them; `reset` (B, T) marks tokens that start a document,
-    before which nothing is seen. Returns y (B, T, D) and the tail of the stream so far.
+    `tail` holds the K - 1 inputs before x (zeros at a stream's start). `length` (B,) is the number
+    of tokens of each row, followed by padding; `reset` (B, T) marks tokens that start a document,
+    which do not see anything before. Returns y (B, T, D) and the tail of the stream so far.
     """
     B, T, _ = x.shape
     if T == 0:
@@ -35,7 +36,7 @@ def conv(
     document = None if reset is None else reset.cumsum(1)
     if document is None and T == 1:
         y = activation((stream * weight.mT).sum(1, keepdim=True))
-    elif document is None and torch.compiler.is_compiling():  # which fuses by itself
+    elif document is None and torch.compiler.is_compiling():  # which fuses it
         y = activation(_sum_of_taps(stream, weight))
     elif document is None:
         y = _Taps.apply(activation, stream, weight)
@@ -43,15 +44,16 @@ def conv(
         y = x * weight[:, -1]
         for back in range(1, K):
             before = torch.cat([document.new_zeros(B, back), document], 1)[:, :T]
-            # Not times 0: what is not a number in another document would go on.
+            # Not multiplied by 0: NaN and infinity of another document would remain.
             tap = stream[:, K - 1 - back : K - 1 - back + T].masked_fill((before != document)[..., None], 0)
             y = y + tap * weight[:, K - 1 - back]
         y = activation(y)
     if length is None and reset is None:
-        # A view would keep the whole stream.
+        # A view would keep the whole stream alive.
         return y, stream[:, T:].clone(memory_format=torch.contiguous_format)
     length = torch.full((B,), T, device=x.device) if length is None else length
-    last = length[:, None] + torch.arange(K - 1, device=x.device)  # places of the tail in `stream`
+    # positions of the tail in `stream`
+    last = length[:, None] + torch.arange(K - 1, device=x.device)
     tail = stream.gather(1, last[..., None].expand(-1, -1, x.shape[-1]))
     if document is not None:
         known = torch.cat([document.new_zeros(B, K - 1), document], 1)
@@ -61,7 +63,8 @@ def conv(
 
 
 class _Taps(torch.autograd.Function):
-    """activation(`_sum_of_taps`), accumulated in place; what lies between the two is made again when it is needed."""
+    """activation(`_sum_of_taps`), accumulated in place; what lies between the two is made again
+    when it is needed."""
 
     @staticmethod
     def forward(ctx: Any, activation: Callable[[Tensor], Tensor], stream: Tensor, weight: Tensor) -> Tensor:
@@ -89,7 +92,7 @@ class _Taps(torch.autograd.Function):
 
 def _accumulated(stream: Tensor, weight: Tensor) -> Tensor:
     """`_sum_of_taps`, not recorded."""
-    # A row for each tap: a column's numbers lie apart, which costs five times as much.
+    # One row per tap: strided columns would cost five times as much.
     last, *before = reversed(list(zip(_taps(stream, weight), weight.mT.contiguous(), strict=True)))
     y = last[0] * last[1]
     for tap, row in before:

@@ -1,3 +1,3 @@
-"""Pages to look at: a text coloured by surprise, and the charts and the frame that other pages build on."""
+"""HTML pages: a text coloured by surprise, and the charts and page frame that other pages use."""
 
 __all__: list[str] = []

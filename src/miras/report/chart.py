@@ -1,4 +1,4 @@
-"""What a line chart shows: its curves, and the table of them that a page draws."""
+"""Line charts: their curves, and the table of values that a page draws."""
 
 import math
 from collections.abc import Sequence
@@ -14,9 +14,10 @@ _COLOURS = 6
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: `x`, `y` (n,), with `low`, `high` and `counts` (n,) or empty; NaN in `y` leaves a gap.
+    """One line: `x`, `y` (n,), with `low`, `high` and `counts` (n,) or empty; NaN in `y` leaves a
+    gap.
 
-    `role` "memory" or "twin" gives the line that model's colour.
+    `role` "memory" or "twin" gives the line the colour of that model.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Curve:
             raise ValueError(f"curve {self.name!r}: give both low and high, or neither")
 
     def cell(self, index: int) -> str:
-        """One value with its interval and number of trials, as the script of a page reads it."""
+        """One value with its interval and number of trials, in the format of the page's script."""
         if not math.isfinite(self.y[index]):
             return "not measured"
         extra: list[str] = []
@@ -51,9 +52,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over a linear or log x axis; `floor` and `ceiling` fix the ends of the y axis, else the data do.
+    """Curves over a linear or log x axis; `floor` and `ceiling` fix the ends of the y axis.
 
-    `reference` is a value of y, drawn as a line, and what it is.
+    `reference` is a value of y, drawn as a line, with its label.
     """
 
     ident: str
@@ -69,12 +70,13 @@ class Chart:
 
     @property
     def measured(self) -> bool:
-        """Whether there is a number to draw."""
+        """Whether there is a value to draw."""
         return any(math.isfinite(y) for curve in self.curves for y in curve.y)
 
     @property
     def slots(self) -> list[int]:
-        """The number of each curve's colour, dash and mark: memory 0, twin 1, others the next free."""
+        """The index of each curve's colour, dash and marker: memory 0, twin 1, others the next
+        free."""
         owners: dict[int, int] = {}
         for role, slot in _SLOTS.items():
             owners |= {next((i for i, c in enumerate(self.curves) if c.role == role), -1): slot}
@@ -84,7 +86,7 @@ class Chart:
 
     @property
     def rows(self) -> list[tuple[str, list[str]]]:
-        """The table: each x with a cell for each curve, empty where it has no point."""
+        """The table: one row per x with a cell per curve, empty if the curve has no point there."""
         found: dict[float, list[str]] = {}
         for column, curve in enumerate(self.curves):
             for index in thinned(curve):
@@ -93,7 +95,7 @@ class Chart:
 
     @property
     def notes(self) -> list[str]:
-        """How many of the points are drawn where curves are thinned."""
+        """A sentence on how many points are drawn if curves are thinned."""
         longest = max(self.curves, key=lambda curve: len(curve.x))
         drawn = len(thinned(longest))
         return (
@@ -104,7 +106,8 @@ class Chart:
 
 
 def thinned(curve: Curve) -> list[int]:
-    """About MAX_POINTS places of a curve, evenly picked, with the first, last, lowest and highest."""
+    """About MAX_POINTS points of a curve, evenly spaced, with the first, last, lowest and
+    highest."""
     n = len(curve.x)
     if n <= _THIN_ABOVE:
         return list(range(n))

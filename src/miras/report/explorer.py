@@ -1,4 +1,4 @@
-"""What a page of surprise holds: a text of any length, token by token, and what the memories did along it."""
+"""The contents of a surprise page: a text, token by token, and what the memories did along it."""
 
 import base64
 import math
@@ -15,21 +15,22 @@ from miras.report.text import number, visible
 Values = NDArray[np.float32]
 
 TOKEN_VALUES = 450_000
-"""About as many values, one for each token, has a page before it shows means over heads, then fewer layers."""
+"""About the most per-token values of a page; beyond, it shows means over heads, then fewer
+layers."""
 GATE_VALUES = 64_000
-"""About as many values has a page of the gates: of a longer text, means over several tokens."""
+"""About the most gate values of a page; a longer text has means over several tokens."""
 
 SURPRISES = ("momentary", "accumulated")
 MISSING = 255
-"""The code of what was not measured."""
+"""The code for missing values."""
 
-# The controls that reorder what stands after them, in text that is shown to be looked at.
+# Control characters that reorder the text after them.
 _DIRECTIONS = {code: "⇄" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a number is called: in a sentence, in a table, its unit and what it means."""
+    """The names of a quantity in a sentence and in a table, its unit and its meaning."""
 
     label: str
     short: str
@@ -74,11 +75,11 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Watched:
-    """What T tokens brought.
+    """The result of reading T tokens.
 
-    pieces: the text each token completes, "" where it leaves a character unfinished; bits (T,) predictive surprise,
-    NaN where nothing predicted; memories {layer: {name: (H, T)}} by the names of `miras.observe`; before: tokens
-    read earlier.
+    pieces: the text each token completes, "" for an incomplete character; bits (T,) predictive
+    surprise, NaN without a prediction; memories {layer: {name: (H, T)}} by the names of
+    `miras.observe`; before: number of tokens read earlier.
     """
 
     pieces: list[str]
@@ -89,9 +90,9 @@ class Watched:
 
 @dataclass(frozen=True)
 class Track:
-    """One row of numbers that the page holds: `values` (n,), each the mean over `every` tokens.
+    """One track of the page: `values` (n,), each the mean over `every` tokens.
 
-    layer: None where it is of the whole model; head: None for the mean over heads.
+    layer: None for the whole model; head: None for the mean over heads.
     """
 
     name: str
@@ -102,9 +103,10 @@ class Track:
 
 
 def tracks_of(watched: Watched, thin: bool = True) -> list[Track]:
-    """What fits on a small page: every layer and head, or means over heads; with `thin` then fewer layers.
+    """The tracks that fit on a small page: every layer and head, or means over heads; with `thin`
+    also fewer layers.
 
-    Surprise keeps one value for each token. Gates are means over as many tokens as it takes.
+    Surprise keeps one value per token. Gates are means over as many tokens as necessary.
     """
     memories, count = watched.memories, len(watched.pieces)
     room = TOKEN_VALUES // count - 1
@@ -134,7 +136,7 @@ def tracks_of(watched: Watched, thin: bool = True) -> list[Track]:
 
 
 def shortened(watched: Watched, tracks: Sequence[Track]) -> str:
-    """What the page leaves out of what was seen, and how to get it, in a sentence; or nothing."""
+    """A sentence on what the page leaves out and how to get it, or ""."""
     shown = {track.layer for track in tracks} - {None}
     if not watched.memories:
         return ""
@@ -151,16 +153,16 @@ def shortened(watched: Watched, tracks: Sequence[Track]) -> str:
 
 
 def page_data(watched: Watched, tracks: Sequence[Track], kind: str = "momentary") -> dict[str, Any]:
-    """What the page's script is told; `kind` is the surprise that colours the text at first."""
+    """The data for the page's script; `kind` is the surprise that colours the text initially."""
     meta, blob = pack(watched, tracks)
     return {**meta, "kind": kind, "blob": base64.b64encode(blob).decode("ascii")}
 
 
 def pack(watched: Watched, tracks: Sequence[Track]) -> tuple[dict[str, Any], bytes]:
-    """What the page's script is told, and the compressed bytes it reads: text, lengths, codes of each track.
+    """The data for the page's script, and its compressed bytes: text, lengths, codes of each track.
 
-    The text is UTF-8; lengths are T uint16 (little-endian), the UTF-16 units of each token's text; codes are those of
-    `coded`, a byte for each value.
+    The text is UTF-8; lengths are T uint16 (little-endian), the UTF-16 units of each token's text;
+    codes are those of `coded`, one byte per value.
     """
     pieces = [visible(piece).translate(_DIRECTIONS) for piece in watched.pieces]
     text = "".join(pieces).encode("utf-8")
@@ -185,10 +187,10 @@ def pack(watched: Watched, tracks: Sequence[Track]) -> tuple[dict[str, Any], byt
 
 
 def coded(values: Values) -> tuple[dict[str, float], bytes]:
-    """Values (n,) as a byte each, 255 where not measured, and what the others stand for.
+    """Values (n,) as one byte each, 255 for missing values, and the scale of the others.
 
-    1 to 254 go from `floor` to `top` in equal ratios, 0 is below `floor`; where some values are negative, 0 to 254
-    go from `least` to `most` in equal steps.
+    1 to 254 go from `floor` to `top` in equal ratios, 0 is below `floor`; if some values are
+    negative, 0 to 254 go from `least` to `most` in equal steps.
     """
     known = np.isfinite(values)
     codes = np.full(len(values), MISSING, np.uint8)
@@ -204,7 +206,8 @@ def coded(values: Values) -> tuple[dict[str, float], bytes]:
 
 
 def _span(finite: NDArray[np.float64]) -> tuple[float, float]:
-    """The least and the largest value that codes tell apart: a tenth of the calmest colour's, and the largest."""
+    """The smallest and the largest value that codes distinguish: a tenth of the calmest colour's,
+    and the largest."""
     positive = finite[finite > 0]
     if not positive.size:
         return 1.0, 10.0
@@ -217,9 +220,11 @@ def _span(finite: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def heat(values: Values, count: int) -> tuple[list[float], int]:
-    """At most `count` stripes, each the mean of as many values, from 0 (calm) to 1, and how many values that is.
+    """At most `count` stripes, each the mean of equally many values, from 0 (calm) to 1, and that
+    number of values.
 
-    The scale is that of the coloured text: a log scale from the 5 % to the 99.5 % quantile, at most two decades.
+    The scale is that of the coloured text: a log scale from the 5 % to the 99.5 % quantile, at most
+    two decades.
     """
     every = math.ceil(len(values) / count)
     known = np.isfinite(values)
@@ -233,7 +238,8 @@ def heat(values: Values, count: int) -> tuple[list[float], int]:
 
 
 def agreement(watched: Watched) -> str:
-    """How far the surprise of the memories goes with the model's own, as rank correlations; "" without a memory."""
+    """The rank correlations between the memories' surprise and the model's own, as text; "" without
+    a memory."""
     known = np.isfinite(watched.bits)
     told: list[str] = []
     for name in SURPRISES:
@@ -250,7 +256,7 @@ def agreement(watched: Watched) -> str:
 
 
 def rank_correlation(a: Sequence[float] | Values, b: Sequence[float] | Values) -> float:
-    """Spearman's correlation of two rows of numbers; equal ones have the mean of their ranks."""
+    """Spearman's correlation of two sequences; ties have the mean of their ranks."""
     ranks: list[NDArray[np.float64]] = []
     for values in (a, b):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
@@ -259,14 +265,15 @@ def rank_correlation(a: Sequence[float] | Values, b: Sequence[float] | Values) -
 
 
 def bits_per_byte(watched: Watched) -> float:
-    """Mean predictive surprise in bits for each byte of text, over the tokens that were predicted."""
+    """Mean predictive surprise in bits per byte of text, over the predicted tokens."""
     known = ~np.isnan(watched.bits)
     size = sum(len(piece.encode("utf-8")) for piece, here in zip(watched.pieces, known, strict=True) if here)
     return float(watched.bits[known].sum(dtype=np.float64)) / size if size else math.nan
 
 
 def facts_of(watched: Watched, model: str, described: str, more: bool) -> list[tuple[str, str, str]]:
-    """The facts above the page: the model, what was read, how well it was predicted, its memories."""
+    """The facts above the page: the model, what was read, how well it was predicted, its
+    memories."""
     count = len(watched.pieces)
     remarks = [
         *([f"after {watched.before:,} earlier"] * (watched.before > 0)),
@@ -287,7 +294,7 @@ def facts_of(watched: Watched, model: str, described: str, more: bool) -> list[t
 
 
 def _named(tracks: Sequence[Track]) -> dict[str, Quantity]:
-    """The quantities of the tracks, in order; of a gate without a word of its own the name."""
+    """The quantities of the tracks, in order; a gate without a description has its name."""
     names = dict.fromkeys(track.name for track in tracks)
     return {name: QUANTITIES.get(name, Quantity(name, name, "", "A gate of the rule.")) for name in names}
 
@@ -298,7 +305,7 @@ def _order(name: str) -> int:
 
 
 def _means(values: Values, every: int) -> Values:
-    """(T,) -> (ceil(T / every),), the means of that many values each, the last of what is left."""
+    """(T,) -> (ceil(T / every),), the means of that many values each, the last of the remainder."""
     starts = np.arange(0, len(values), every)
     counts = np.diff(starts, append=len(values))
     return (np.add.reduceat(values.astype(np.float64), starts) / counts).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Pages from templates: one HTML file each with its style and its script inside, which asks for nothing else."""
+"""Pages from templates: one self-contained HTML file each, with its style and script inside."""
 
 import base64
 import hashlib
@@ -13,10 +13,10 @@ from miras.report.text import duration, number, visible
 
 
 def render(template: str, *, package: str = "miras.report", **values: Any) -> str:
-    """A page as HTML text: a template of `package`, which may build on those of `miras.report`.
+    """A page as HTML text, from a template of `package`, which may extend those of `miras.report`.
 
-    Whatever `values` hold is text: it is escaped, and signs that HTML cannot hold are shown as others. Only the
-    page's own script may run.
+    All `values` are escaped, and characters that HTML cannot hold are replaced. Only the page's own
+    script may run.
     """
     return _environment(package).get_template(template).render(values)
 

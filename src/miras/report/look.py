@@ -1,4 +1,4 @@
-"""The page of surprise from Python: a reading in, a page out, to keep as a file or look at in a notebook."""
+"""The surprise page from Python, to save as a file or show in a notebook."""
 
 import html
 from collections.abc import Sequence
@@ -27,9 +27,10 @@ from miras.store.files import check_place, write_atomically
 
 @dataclass(frozen=True)
 class Page:
-    """A page as HTML text, which needs nothing else; a notebook shows it.
+    """A self-contained HTML page; a notebook shows it.
 
-    left_out: what it has no room for; agreement: how far the surprise of the memories goes with the model's own.
+    left_out: what it has no room for; agreement: how the memories' surprise correlates with the
+    model's own.
     """
 
     html: str
@@ -38,7 +39,8 @@ class Page:
     agreement: str = ""
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file. Raises ValueError where something that is no page of miras would be lost."""
+        """Write the page to a file. Raises ValueError if another file, not a page of miras, would
+        be overwritten."""
         path = Path(path)
         check_place("path", path, is_page, "a page of miras")
         write_atomically(path, self.html.encode("utf-8"))
@@ -63,10 +65,11 @@ def surprise_page(
     title: str = "Surprise",
     piece: int = 2048,
 ) -> Page:
-    """Read a text (or its token ids) once, behind `state`, and draw what surprised the model and its memories.
+    """Read a text (or its token ids) once, after `state`, and show what surprised the model and its
+    memories.
 
-    `tokenizer` None: tokens are bytes. `layers` names the memory layers to show, all of them without it. Raises
-    ValueError for a layer without memory, and for no tokens.
+    `tokenizer` None: tokens are bytes. `layers` are the memory layers to show, all by default.
+    Raises ValueError for a layer without memory, and for no tokens.
     """
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     check_tokenizer(tokenizer)
@@ -79,7 +82,7 @@ def surprise_page(
 def page_of(
     watched: Watched, facts: list[tuple[str, str, str]], *, thin: bool, title: str, command: str = ""
 ) -> Page:
-    """The page of what was watched; `thin` leaves out what a small page has no room for."""
+    """The page of a reading; `thin` leaves out what a small page has no room for."""
     tracks = tracks_of(watched, thin=thin)
     left_out, together = shortened(watched, tracks), agreement(watched)
     text = render(

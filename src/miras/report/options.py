@@ -9,11 +9,10 @@ from tyro.conf import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Read a text and write a page to look at: every token coloured by how much it surprised the
-    model.
+    """Read a text and write an HTML page: every token coloured by how much it surprised the model.
 
-    The page is one file that needs nothing else: predictive, momentary and accumulated surprise by
-    layer and head, a strip to jump through the text, and what the gates of the memories did.
+    The page is one self-contained file with predictive, momentary and accumulated surprise by layer
+    and head, an overview strip of the text, and the gates of the memories.
     """
 
     kind: Positional[Literal["surprise"]]

@@ -1,4 +1,4 @@
-"""`miras report`: read a text once, watch, and write a page to look at."""
+"""`miras report`: read a text once and write a page of what was observed."""
 
 import math
 import shlex
@@ -22,7 +22,7 @@ from miras.stream.terminal import progress_bar, size_text
 
 
 def report(options: ReportOptions) -> int:
-    """Write the page; the exit status."""
+    """Write the page; returns the exit status."""
     set_threads(options.threads)
     if options.tokens < 0:
         raise ValueError(
@@ -67,12 +67,12 @@ def report(options: ReportOptions) -> int:
 
 
 def named(folder: Path) -> str:
-    """A model's name: its folder with the one it is in, as runs/first/model is the model of a run."""
+    """A model's name: its folder with the parent folder, such as first/model."""
     return "/".join(folder.resolve().parts[-2:])
 
 
 def command_of(options: ReportOptions) -> str:
-    """The command line that makes this page."""
+    """The command line that made the page."""
     words = [
         "miras",
         "report",

@@ -11,12 +11,13 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def visible(text: str) -> str:
-    """Control characters and lone surrogates replaced, one for one, by signs that HTML can hold."""
+    """Control characters and lone surrogates, each replaced by a character that HTML can hold."""
     return text.translate(_CONTROLS)
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number to `digits` significant digits, with thousands separators and no exponent if short."""
+    """A number to `digits` significant digits, with thousands separators and no exponent if
+    short."""
     if not math.isfinite(value):
         return "not measured"
     if value == 0:

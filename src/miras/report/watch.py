@@ -1,4 +1,5 @@
-"""One reading of a text, watched: how much every token surprised the model, and what its memories did."""
+"""One observed reading of a text: how much every token surprised the model, and what its memories
+did."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -16,7 +17,7 @@ from miras.report.explorer import Watched
 from miras.stream.run import read
 
 STRANGE = 0.1
-"""A text has at most this share of characters that are not UTF-8."""
+"""The largest fraction of characters in a text that may be invalid UTF-8."""
 
 
 def watch(
@@ -29,10 +30,11 @@ def watch(
     piece: int = 2048,
     progress: Callable[[int], None] | None = None,
 ) -> Watched:
-    """Read ids (T,) once, behind `state`, and keep what the memories of `layers` did (all of them without it).
+    """Read ids (T,) once, after `state`, and record what the memories of `layers` did (all by
+    default).
 
-    Raises ValueError before reading when a layer has no memory, there is no token, or the state is of several
-    streams.
+    Raises ValueError before reading if a layer has no memory, there are no tokens, or the state has
+    several streams.
     """
     check_layers(model, layers)
     if not len(ids):
@@ -52,7 +54,7 @@ def watch(
 
 
 def check_layers(model: LM, layers: Sequence[int]) -> None:
-    """Raise ValueError when one of the layers has no memory to look at."""
+    """Raise ValueError if one of the layers has no memory."""
     config = model.config
     there = [n for n, mixer in enumerate(config.mixers()) if memories_in(mixer)]
     if wrong := [n for n in layers if n not in there]:
@@ -61,10 +63,10 @@ def check_layers(model: LM, layers: Sequence[int]) -> None:
 
 
 def memories_of(seen: Observation) -> dict[int, dict[str, NDArray[np.float32]]]:
-    """What was seen as {layer number: {name: (H, T)}}; gates that weights have of their own as their mean.
+    """The observation as {layer number: {name: (H, T)}}; gates per weight are averaged.
 
-    Without momentum nothing accumulates: |S| would be the momentary surprise times the step. Of memories side by side
-    it is the first.
+    Without momentum nothing accumulates: |S| would be the momentary surprise times the step. If a
+    layer has several memories it is the first.
     """
     found: dict[int, dict[str, NDArray[np.float32]]] = {}
     for layer in seen.layers():
@@ -79,7 +81,7 @@ def memories_of(seen: Observation) -> dict[int, dict[str, NDArray[np.float32]]]:
 
 
 def spelled(tokenizer: Tokenizer, ids: NDArray[np.int64]) -> list[str]:
-    """The text that each token completes, "" where it leaves a character unfinished."""
+    """The text that each token completes, "" for an incomplete character."""
     spelling = Spelling(tokenizer.decode)
     pieces = [spelling.push(ids[t : t + 1]) for t in range(len(ids))]
     if pieces:
@@ -88,7 +90,7 @@ def spelled(tokenizer: Tokenizer, ids: NDArray[np.int64]) -> list[str]:
 
 
 def first_tokens(blocks: Iterable[NDArray[np.int64]], count: int) -> tuple[NDArray[np.int64], bool]:
-    """The first `count` tokens of a stream, all of them for 0, and whether there are more."""
+    """The first `count` tokens of a stream (0: all), and whether there are more."""
     parts: list[NDArray[np.int64]] = []
     have = 0
     for block in blocks:
@@ -101,7 +103,7 @@ def first_tokens(blocks: Iterable[NDArray[np.int64]], count: int) -> tuple[NDArr
 
 
 def as_text(blocks: Iterator[bytes], name: str) -> Iterator[bytes]:
-    """The blocks of a file as they are. Raises ValueError when they are nothing that can be shown as text."""
+    """The blocks of a file, unchanged. Raises ValueError if they cannot be shown as text."""
     first = next(blocks, b"")
     shown = first.decode("utf-8", errors="replace")
     if not first:

@@ -1,1 +1,1 @@
-"""Files that appear whole, checksums, locks and signals; the standard library alone."""
+"""Atomic writes, checksums, locks and signals; standard library only."""

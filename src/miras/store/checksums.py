@@ -1,4 +1,5 @@
-"""Checksums of the plain files of a folder, in one more file beside them, so that no changed byte passes unseen."""
+"""Checksums of the plain files of a folder, in one more file beside them, to detect changed
+bytes."""
 
 import hashlib
 import json
@@ -7,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 CHECKSUMS = "checksums.json"
-"""The file that holds {name: SHA-256} for files of its folder. A folder without it is read unchecked."""
+"""The file that holds {name: SHA-256} for files of its folder. A folder without it is read
+unchecked."""
 
 
 def with_checksums(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """The files of a folder, by name, and that of their checksums."""
+    """The files of a folder, by name, plus the file of their checksums."""
     sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     return {**files, CHECKSUMS: (json.dumps(sums, indent=2) + "\n").encode()}
 
 
 def read_checked(path: Path) -> bytes:
-    """A file's bytes. Raises ValueError when the checksum beside it is another one; OSError as reading does."""
+    """A file's bytes. Raises ValueError if its checksum differs, and OSError like reading."""
     data = path.read_bytes()
     beside = path.parent / CHECKSUMS
     try:
@@ -39,12 +41,12 @@ def read_checked(path: Path) -> bytes:
 
 
 def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values for a JSON file, with a checksum of them among them."""
+    """Plain values for a JSON file, with their checksum added."""
     return {**values, "sha256": _digest(values)}
 
 
 def check_sealed(values: Mapping[str, Any]) -> None:
-    """Raise ValueError when values are not those that were sealed; without a checksum they pass."""
+    """Raise ValueError if values differ from their checksum; values without a checksum pass."""
     rest = {name: value for name, value in values.items() if name != "sha256"}
     if "sha256" in values and values["sha256"] != _digest(rest):
         raise ValueError("its checksum differs: a byte has changed since it was written")

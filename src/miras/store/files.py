@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and what is left of those that did not."""
+"""Atomic writing of files and folders, and removal of what interrupted writers left."""
 
 import contextlib
 import ctypes
@@ -19,18 +19,19 @@ from typing import IO, Any
 from miras.store.signals import Held
 
 _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)-(?P<host>[0-9a-f]{6})-[0-9a-f]{8}\.(?P<kind>draft|old)")
-"""How what is still being written is called: `draft`; a folder that steps aside for a new one: `old`."""
+"""Suffixes of files being written (`draft`) and of a folder that is being replaced (`old`)."""
 
 _FOREIGN = 86_400.0
-"""Seconds after which what a process of another machine left is taken for dead: no save takes that long."""
+"""Seconds after which a draft of another machine counts as dead: no save takes that long."""
 
 _own: set[str] = set()
-"""Names of what this process is writing now."""
+"""Names that this process is writing now."""
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Generator[None, None, None]:
-    """An OSError inside the block names this path, also where the system names none (a full disk)."""
+    """An OSError inside the `with` block names this path, even if the system names none (a full
+    disk)."""
     try:
         yield
     except OSError as error:
@@ -40,17 +41,17 @@ def naming(path: Path) -> Generator[None, None, None]:
 
 
 def write_whole(handle: int, data: bytes) -> None:
-    """Write all of it to an open file, however little the system takes at once."""
+    """Write all of it to an open file, in as many calls as necessary."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(handle, rest) :]
 
 
 def write_atomically(path: Path, data: bytes, *, follow: bool = True) -> None:
-    """Write a file so that it is there whole or not at all, even when the machine stops in between.
+    """Write a file atomically, even if the machine stops in between.
 
-    An OSError names `path`, and leaves an earlier file as it was. Behind a link it is the linked file that changes,
-    or, without `follow`, the link that is replaced.
+    An OSError names `path` and leaves an earlier file unchanged. A symbolic link is followed or,
+    without `follow`, replaced.
     """
     with Held(), naming(path), appearing(Path(os.path.realpath(path)) if follow else path) as file:
         write_whole(file.fileno(), data)
@@ -58,9 +59,10 @@ def write_atomically(path: Path, data: bytes, *, follow: bool = True) -> None:
 
 @contextlib.contextmanager
 def appearing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name when all of it is on the disk, and leaves nothing when writing fails.
+    """A file to write that gets its name once all of it is on the disk, and is removed if writing
+    fails.
 
-    What kills left of earlier tries is removed. An OSError names `path`.
+    Drafts left by killed writers are removed. An OSError names `path`.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,9 +77,10 @@ def appearing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def place_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a folder of files so that it is there whole or not at all, in place of an older one, which is removed.
+    """Write a folder of files atomically, replacing an older one.
 
-    Where the system can exchange two names, there is at every moment one of the two. An OSError names `folder`.
+    If the system can exchange two names, one of the two folders exists at every moment. An OSError
+    names `folder`.
     """
     with Held(), naming(folder):
         folder = Path(os.path.realpath(folder))
@@ -102,7 +105,7 @@ def place_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Remove a folder so that nobody finds a part of it."""
+    """Remove a folder so that nobody sees a partial one."""
     with Held(), _draft(folder) as draft:
         folder.rename(draft)
 
@@ -110,7 +113,7 @@ def drop(folder: Path) -> None:
 def sweep(folder: Path, names: str) -> None:
     """Remove what killed writers of these names (a pattern) left in a folder, and nothing else.
 
-    What a living process writes stays; so does what another machine's wrote within a day.
+    Drafts of living processes stay; so do those of other machines for a day.
     """
     there: list[Path] = []
     with contextlib.suppress(OSError):
@@ -124,7 +127,7 @@ def sweep(folder: Path, names: str) -> None:
 
 
 def restore(folder: Path) -> None:
-    """Give a folder its name back where a kill came between the two renames of `place_folder`."""
+    """Restore a folder's name after a kill between the two renames of `place_folder`."""
     if folder.exists() or not folder.parent.is_dir():
         return
     for path in folder.parent.iterdir():
@@ -135,9 +138,10 @@ def restore(folder: Path) -> None:
 
 
 def check_place(flag: str, path: Path, ours: Callable[[Path], bool], kind: str) -> None:
-    """Raise ValueError, before work starts, when a file cannot be written, or something else would be lost by it.
+    """Raise ValueError, before work starts, if a file cannot be written or would overwrite
+    something else.
 
-    `ours` tells whether a file that is there is an older one of its `kind`, which may be replaced.
+    `ours` says whether an existing file is of this `kind` and may be replaced.
     """
     real = Path(os.path.realpath(path))
     if real.is_dir():
@@ -155,7 +159,7 @@ def check_place(flag: str, path: Path, ours: Callable[[Path], bool], kind: str) 
 
 
 def sync_names(folder: Path) -> None:
-    """Put a folder's names on the disk, on systems that can. Files are whole with it and without."""
+    """Flush a folder's names to disk, on systems that can. Files are complete in either case."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -165,26 +169,27 @@ def sync_names(folder: Path) -> None:
 
 
 def living(pid: int, host: str, since: float) -> bool:
-    """Whether a process lives that left its mark then; one of another machine (`host_tag`) may for a day."""
+    """Whether a process that left a mark at that time is alive; one of another machine (`host_tag`)
+    counts as alive for a day."""
     if host != host_tag() or sys.platform == "win32":
         return time.time() - since < _FOREIGN
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it lives, and is another user's
+    except OSError:  # it is alive and belongs to another user
         pass
     return True
 
 
 @functools.cache
 def host_tag() -> str:
-    """Six digits that stand for this machine."""
+    """Six digits that identify this machine."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 
 
 def _dead(found: re.Match[str], path: Path) -> bool:
-    """Whether nobody writes this any more."""
+    """Whether nobody is writing this any more."""
     if int(found["pid"]) == os.getpid() and found["host"] == host_tag():
         return path.name not in _own
     try:
@@ -195,7 +200,8 @@ def _dead(found: re.Match[str], path: Path) -> bool:
 
 @contextlib.contextmanager
 def _draft(path: Path) -> Iterator[Path]:
-    """A hidden name beside `path`, which tells whose it is; what has it at the end is removed."""
+    """A hidden name beside `path` that identifies its writer; removed at the end if it still
+    exists."""
     draft = _hidden(path, "draft")
     _own.add(draft.name)
     try:
@@ -210,7 +216,7 @@ def _hidden(path: Path, kind: str) -> Path:
 
 
 def _made(path: Path) -> int:
-    """A new file of the mode that the umask gives, open for writing."""
+    """A new file with the mode given by the umask, open for writing."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
 
 
@@ -237,7 +243,7 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 @functools.cache
 def _exchange() -> Callable[[bytes, bytes], Any] | None:
-    """The system's call that exchanges two paths, if it has one."""
+    """The system call that exchanges two paths, if there is one."""
     try:
         system = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":
@@ -250,7 +256,7 @@ def _exchange() -> Callable[[bytes, bytes], Any] | None:
 
 
 def _replaced(draft: Path, folder: Path) -> None:
-    """Give a draft the name of a folder that is there. That steps aside, and comes back if it fails."""
+    """Give a draft the name of an existing folder, which is moved aside, and back if this fails."""
     old = _hidden(folder, "old")
     folder.rename(old)
     try:

@@ -1,4 +1,4 @@
-"""One writer at a time, by a lock of the operating system, which dies with its process."""
+"""One writer at a time, by a lock of the operating system, which ends with its process."""
 
 import contextlib
 import errno
@@ -20,16 +20,16 @@ except ImportError:
 _held: set[Path] = set()
 
 _LARGEST = 40
-"""Bytes that a lock of ours has at most: a process id and a machine."""
+"""The largest size of a lock file: a process id and a machine."""
 
 
 @contextlib.contextmanager
 def hold(path: str | Path, advice: str, name: str | None = None) -> Iterator[None]:
-    """Keep other processes from writing what has this path; inside, the same process may ask again.
+    """Keep other processes from writing to this path; reentrant within a process.
 
-    The lock is a hidden file beside it, which holds the writer's process id. Raises ValueError, naming that and, as
-    what to do, `advice`, when another process has it (`name`: what to call the path then), or when something else
-    has the lock's name. On a file system without locks the process id alone is the lock.
+    The lock is a hidden file beside it with the writer's process id. Raises ValueError if another
+    process has it, with its id and `advice` (`name`: how to call the path), or if another file has
+    the lock's name. On a file system without locks the process id itself is the lock.
     """
     name = str(path) if name is None else name
     path = Path(path).resolve()
@@ -47,11 +47,11 @@ def hold(path: str | Path, advice: str, name: str | None = None) -> Iterator[Non
     finally:
         with Held():
             _held.discard(path)
-            # Windows does not remove an open file: there it stays, and is no lock any more.
+            # Windows does not remove an open file: there it stays, but is no longer a lock.
             with contextlib.suppress(OSError):
                 lock.unlink()
             os.close(handle)
-            if made:  # what could not begin leaves no empty folder
+            if made:  # do not leave an empty folder behind
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
 
@@ -81,7 +81,8 @@ def _acquire(lock: Path, name: str, advice: str) -> int:
 
 
 def _opened(lock: Path) -> int:
-    """The lock's file, open. Raises ValueError when something else has its name, which must not be written to."""
+    """The lock file, open. Raises ValueError if another file has its name, which must not be
+    written to."""
     odd = f"{lock} is not a lock made by miras; check what it is, and remove it"
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -97,14 +98,15 @@ def _opened(lock: Path) -> int:
 
 
 def _claimed(pid: str, host: str, handle: int) -> bool:
-    """Without locks: whether the process that wrote itself in lives and is another one."""
+    """Without locks: whether the recorded process is alive and not this one."""
     if not pid.isdigit() or (int(pid) == os.getpid() and host == host_tag()):
         return False
     return living(int(pid), host, os.fstat(handle).st_mtime if host else time.time())
 
 
 def _there(handle: int, lock: Path) -> bool:
-    """Whether an open file still has its name: who held the lock before may have removed it since we opened it."""
+    """Whether an open file still has its name: the previous holder may have removed it since we
+    opened it."""
     try:
         return os.path.samestat(os.fstat(handle), lock.stat())
     except FileNotFoundError:
@@ -112,12 +114,12 @@ def _there(handle: int, lock: Path) -> bool:
 
 
 def _try_lock(handle: int) -> bool | None:
-    """Whether the lock is ours; None where there are no locks."""
+    """Whether we hold the lock; None if there are no locks."""
     try:
         if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
-            # One byte far behind the process id, which others must be able to read.
+            # One byte far after the process id, which others must be able to read.
             os.lseek(handle, 1 << 20, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # pyright: ignore
             os.lseek(handle, 0, os.SEEK_SET)

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP wait while something is saved, and are then what they were before."""
+"""Delay Ctrl-C, SIGTERM and SIGHUP while something is saved."""
 
 import contextlib
 import errno
@@ -11,15 +11,16 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""The signals that ask a program to end: a key, the system, a terminal that was closed."""
+"""The signals that ask a program to end: Ctrl-C, the system, a closed terminal."""
 
 
 class Held:
-    """Inside the block, signals that would stop the program are noted in `came` and wait for its end.
+    """Inside the `with` block, signals that would stop the program are recorded in `came` and wait
+    for its end.
 
-    At the end each that came is handed to the handler of before, unless an error leaves the block, which then is what
-    the caller must hear of. Blocks nest. A signal that is ignored stays so. Outside the main thread, where no signal
-    arrives, the block changes nothing.
+    At the end each recorded signal goes to the previous handler, unless the block raises, which
+    takes precedence. Blocks nest. Ignored signals stay ignored. Outside the main thread, where no
+    signal arrives, it does nothing.
     """
 
     def __init__(self) -> None:
@@ -45,14 +46,15 @@ class Held:
             signal.raise_signal(number)
 
     def obeyed(self) -> "_Obeyed":
-        """A block inside this one that a signal, also one that came before, ends with KeyboardInterrupt.
+        """A `with` block inside this one that a signal, also an earlier one, ends with
+        KeyboardInterrupt.
 
-        Each Ctrl-C does; of the others the first, because what they end must have time to end.
+        Every Ctrl-C does; of other signals only the first, so that the work has time to end.
         """
         return _Obeyed(self)
 
     def over(self, *, leaving: bool = False) -> None:
-        """What came is dealt with, and nobody else is told; a program that is leaving hears no more signals."""
+        """Mark the recorded signals as handled; an exiting program ignores further ones."""
         self.came.clear()
         if leaving:
             self._before = dict.fromkeys(self._before, signal.SIG_IGN)
@@ -79,7 +81,7 @@ class _Obeyed:
 
 
 def _leave_terminal() -> None:
-    """What is printed goes nowhere where the terminal is gone, instead of failing in the middle of a save."""
+    """Discard output if the terminal is gone, instead of failing in the middle of a save."""
     for handle in (0, 1, 2):
         with contextlib.suppress(OSError):
             if stat.S_ISCHR(os.fstat(handle).st_mode) and not os.isatty(handle):
@@ -89,10 +91,10 @@ def _leave_terminal() -> None:
 
 
 def worked(work: Callable[[], None], save: Callable[[], str]) -> str:
-    """Work, then save, whatever signal comes: the work ends at once at one, the save never does.
+    """Work, then save: a signal ends the work at once, but never the save.
 
-    Returns what `save` says it did; after a signal the KeyboardInterrupt says so. Work that ends because nobody reads
-    what it prints any more is saved too.
+    Returns the message of `save`; after a signal the KeyboardInterrupt carries it. Work that ends
+    because of a closed pipe is saved too.
     """
     with Held() as stops:
         stopped = False

@@ -1,6 +1,6 @@
-"""What may be shown on a terminal."""
+"""Text that is safe to show on a terminal."""
 
 
 def printable(text: str) -> str:
-    """A text without its control characters, by which a file's content could command a terminal."""
+    """A text without control characters, with which a file could control the terminal."""
     return "".join(x for x in text if x in "\n\t" or x.isprintable())

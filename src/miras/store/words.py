@@ -1,4 +1,4 @@
-"""Words that a user may have meant."""
+"""Suggestions for misspelled names."""
 
 import difflib
 import re
@@ -15,12 +15,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def folded(name: str) -> str:
-    """A name whatever its case and hyphens: GatedMLP, gated-mlp and gated_mlp are one."""
+    """A name without case and hyphens: GatedMLP, gated-mlp and gated_mlp are equal."""
     return re.sub("[-_]", "", name).lower()
 
 
 def kebab(name: str) -> str:
-    """The name of a class as the command line writes it: GatedMLP is gated-mlp."""
+    """The name of a class on the command line: GatedMLP is gated-mlp."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name).lower()
 
 
