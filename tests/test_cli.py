@@ -117,7 +117,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         ("info empty", "empty is not a model: it has no config.json"),
         ("info titans-mag --hidden-size 33", "hidden_size 33 is not a multiple of num_heads 4"),
         ("eval nowhere", "nowhere is not a model: config.json is missing"),
-        ("eval broken", "model.safetensors is corrupt or cut off"),
+        ("eval broken", "model.safetensors is corrupt or truncated"),
         ("eval flipped", "model.safetensors is corrupt: its checksum differs: a byte has changed"),
         ("eval model --json text.txt", "--json text.txt exists and is not a file of curves"),
         ("eval model --json empty", "--json empty is a folder"),
@@ -153,7 +153,7 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
             "info strange",
             "config.json does not describe a valid model: Gate: bias must be a finite",
         ),
-        ("generate model --prompt a --load-state text.txt", "text.txt is corrupt or cut off"),
+        ("generate model --prompt a --load-state text.txt", "text.txt is corrupt or truncated"),
         ("stream model nowhere.txt", "No such file: 'nowhere.txt'"),
         ("stream model empty.txt", "empty.txt is empty: nothing to read"),
         ("stream model empty", "empty is a folder"),
@@ -199,7 +199,10 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
             "--memory.dept: MLP has no 'dept', perhaps you meant 'depth'; it has",
         ),
         ("info titans-mag --memory.depth x", "--memory.depth must be a whole number, got 'x'"),
-        ("info titans-mag --bias", "--bias needs a name behind it; known are l2, dot, l1, lp, l-inf, huber"),
+        (
+            "info titans-mag --bias",
+            "--bias must be followed by a name; known are l2, dot, l1, lp, l-inf, huber",
+        ),
         ("info titans-mag --algorithm.momentum 3", "--algorithm.momentum must be true or false, got '3'"),
         (
             "info titans-mag --retention.towards up",
@@ -291,7 +294,7 @@ def test_a_truncated_checkpoint_is_one_clear_line(place: Path, file: str, capsys
     path.write_bytes(path.read_bytes()[:-20])
     before = {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()}
     err = refused(f"{RUN} --resume", capsys)
-    assert file in err and "step-1 is older: move step-2 away to go on from it" in err
+    assert file in err and "step-1 is older: move step-2 away to continue from it" in err
     assert {each: each.read_bytes() for each in (place / "run").rglob("*") if each.is_file()} == before
 
 
@@ -321,7 +324,7 @@ def test_a_state_of_another_model_is_refused_and_kept(place: Path, capsys: pytes
         assert model_hash(build()) in err and model_hash(build("transformer")) in err
     assert (place / "s").read_bytes() == before
     (place / "s").write_bytes(before[:-50])
-    assert "s is corrupt or cut off" in refused("stream model text.txt --load-state s", capsys)
+    assert "s is corrupt or truncated" in refused("stream model text.txt --load-state s", capsys)
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def test_help_needs_no_torch():
         ("new a.miras nowhere", "nowhere is not a model"),
         ("new a.miras model --keep -1", "keep must be 0"),
         ("feed none.miras day1.txt", "none.miras does not exist; give the file of a saved session"),
-        ("feed day1.txt day1.txt", "day1.txt is corrupt or cut off"),
-        ("feed broken.miras day1.txt", "broken.miras is corrupt or cut off"),
+        ("feed day1.txt day1.txt", "day1.txt is corrupt or truncated"),
+        ("feed broken.miras day1.txt", "broken.miras is corrupt or truncated"),
         ("feed flipped.miras day1.txt", "flipped.miras is corrupt: its checksum differs"),
         ("feed s.miras nowhere.txt", "No such file: 'nowhere.txt'"),
         ("feed s.miras empty.txt", "empty.txt is empty: nothing to read"),
@@ -102,13 +102,13 @@ def test_help_needs_no_torch():
         ("chat s.miras --tokens -1", "num_tokens must not be negative"),
         ("fork s.miras t", "t: the name of a session ends in .miras; call it t.miras"),
         ("fork s.miras lost.miras", "lost.miras already exists"),
-        ("fork broken.miras t.miras", "broken.miras is corrupt or cut off"),
+        ("fork broken.miras t.miras", "broken.miras is corrupt or truncated"),
         ("fork flipped.miras t.miras", "flipped.miras is corrupt: its checksum differs"),
         ("mark s.miras a --drop", "the session has no mark 'a'; it has no marks yet"),
         ("rewind s.miras a", "the session has no mark 'a'"),
         ("show none.miras", "none.miras does not exist"),
         ("diff s.miras none.miras", "none.miras does not exist"),
-        ("recall broken.miras", "broken.miras is corrupt or cut off"),
+        ("recall broken.miras", "broken.miras is corrupt or truncated"),
         ("list nowhere", "nowhere is not a folder; give a folder"),
     ],
 )
@@ -173,7 +173,7 @@ def test_day_after_day(place: Path, tiny: Make, text: bytes, capsys: pytest.Capt
     (place / "c.miras").write_bytes(b"broken")
     assert run("list") == 0
     out = capsys.readouterr().out
-    assert "a.miras  160     2         1" in out and "c.miras is corrupt or cut off" in out
+    assert "a.miras  160     2         1" in out and "c.miras is corrupt or truncated" in out
     assert run("list . --json") == 0
     names = [(row["path"], row.get("tokens")) for row in json.loads(capsys.readouterr().out)]
     assert names == [("a.miras", 160), ("b.miras", 100), ("c.miras", None), ("s.miras", 100)]

@@ -274,7 +274,7 @@ def test_the_sessions_of_a_folder(saved: tuple[Session, Path], text: bytes):
     path.with_name("broken.miras").write_bytes(path.read_bytes()[:100])
     path.with_name("other.txt").write_text("no session")
     (_, b), (_, broken), (name, first) = Session.saved(path.parent)
-    assert isinstance(broken, ValueError) and "broken.miras is corrupt or cut off" in str(broken)
+    assert isinstance(broken, ValueError) and "broken.miras is corrupt or truncated" in str(broken)
     assert isinstance(first, files.SessionHeader) and isinstance(b, files.SessionHeader)
     assert name == path and first.tokens == 50 and first.nbytes == path.stat().st_size
     assert b.tokens == 60 and b.marks == {"a": 50} and [e[0] for e in b.episodes] == ["one", "two"]

@@ -125,7 +125,7 @@ def test_every_changed_digit_of_what_a_checkpoint_says_is_seen(tmp_path):
     for at in range(0, len(whole), 3):
         if whole[at] in b"0123456789":
             file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-            with pytest.raises(ValueError, match=r"training\.json is missing, cut off or changed"):
+            with pytest.raises(ValueError, match=r"training\.json is missing, truncated or changed"):
                 read_meta(newest)
     file.write_bytes(whole)
     wanted = read_meta(newest)

@@ -69,7 +69,7 @@ def test_signals_in_a_step_and_in_the_save_behind_it(number: int, capsys, monkey
 
     monkeypatch.setattr(Run, "advance", advance)
     assert main([*LINE, "--steps", "9"]) == 130
-    assert "step-3 holds everything" in capsys.readouterr().err
+    assert "step-3 has everything" in capsys.readouterr().err
     assert load_checkpoint(checkpoints(Path("run"))[-1])[2]["step"] == 3
 
 

@@ -293,7 +293,7 @@ def _check_end(plain: IO[bytes], at: int) -> None:
     plain.seek(at)
     if plain.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(
-            f"it is cut off or damaged at byte {at:,}, where a member or the end should begin"
+            f"it is truncated or damaged at byte {at:,}, where a member or the end should begin"
         )
     while block := plain.read(1 << 20):
         if block.count(0) != len(block):

@@ -130,7 +130,7 @@ def load_model(folder: str | Path, *, trust_remote_code: bool = False) -> LM:
                 _check_shapes(folder, LM(config), shapes)
         stored = load_file(file)
     except SafetensorError as error:
-        raise ValueError(f"{file} is corrupt or cut off: {error}") from error
+        raise ValueError(f"{file} is corrupt or truncated: {error}") from error
     if "sha256" in told and _digest(stored) != told["sha256"]:  # files from other tools have none
         raise ValueError(
             f"{file} is corrupt: its checksum differs: a byte has changed since it was saved (a tool that changes "

@@ -183,7 +183,7 @@ def read_sealed(
             # the file.
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
-        raise ValueError(f"{path} is corrupt or cut off: {error}") from error
+        raise ValueError(f"{path} is corrupt or truncated: {error}") from error
     kind = told.get("format")
     if kind is None or kind not in kinds:
         raise ValueError(f"{path} is not {noun} (its format is {kind!r})")

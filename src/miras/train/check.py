@@ -1,4 +1,4 @@
-"""Whether a model learns: a short training, watched at the places where memories go wrong."""
+"""Whether a model learns: a short training run that checks for the usual problems of memories."""
 
 import copy
 import dataclasses
@@ -28,21 +28,22 @@ from miras.train.tasks import TextTask
 from miras.zoo import match_size, parameters, preset
 
 LARGEST_NORM = 100.0
-"""Of the outer gradient after the first ten steps. A memory that learns has about 1."""
+"""The largest norm of the outer gradient after the first ten steps. A memory that learns has about
+1."""
 WEIGHT_RANGE = (0.2, 10.0)
-"""|W| along a stream: at least so many times what it began with, at most so many times what it was
-early."""
+"""|W| along a stream: at least this fraction of its initial value, at most this multiple of its
+early value."""
 LARGEST_STEP = 0.5
 """The median of |step| / |W| over tokens."""
 NEAR = {True: 1.05, False: 1.15}
-"""How far above the reference's loss is still near: with short convolutions, and without."""
+"""The largest acceptable ratio to the reference's loss: with short convolutions, and without."""
 HORIZON = 2000
-"""Tokens along which a small change is followed."""
+"""Number of tokens over which a perturbation is followed."""
 CHANGE = 1e-10
-"""Its size, in units of the embedding that is changed."""
+"""Its size, relative to the perturbed embedding."""
 CHANGED_AT = 5
 WINDOW = 256
-"""Tokens that are taken together where a change is measured."""
+"""Number of tokens over which a change is measured."""
 
 FOLLOWED = (
     ("A0", "initial memory"),
@@ -55,10 +56,10 @@ FOLLOWED = (
 
 
 class Sensitivity(NamedTuple):
-    """What a change of 1e-10 at token 5 becomes, in fp64.
+    """The growth of a perturbation of 1e-10 at token 5, in fp64.
 
     change: relative change of the logits (T,), the largest of all rows. state: relative change of
-    the state at the end. growth: nats per 1,000 tokens, from the first `WINDOW` tokens behind the
+    the state at the end. growth: nats per 1,000 tokens, from the first `WINDOW` tokens after the
     change to the last.
     """
 
@@ -73,7 +74,7 @@ class Sensitivity(NamedTuple):
 
 class Range(NamedTuple):
     """|W| of a layer along a stream: at its first token, after `WINDOW`, the extremes of its heads,
-    and at last."""
+    and at the end."""
 
     first: float
     early: float
@@ -83,7 +84,7 @@ class Range(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is out of range, and what to change."""
+    """A value out of range, and what to change."""
 
     what: str
     advice: str
@@ -91,14 +92,14 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingCheck:
-    """What `check_training` measured.
+    """The result of `check_training`.
 
-    loss: bits per byte of each step. reference: those of Gated DeltaNet's last ten steps, of equal
-    size on the same bytes; None where it was not asked for. norms: the outer gradient's norm at
-    each step before clipping, by group and for "all". clipped: the share of steps whose gradient
+    loss: bits per byte of each step. reference: those of the last ten steps of Gated DeltaNet of
+    equal size on the same bytes; None if not requested. norms: the norm of the outer gradient at
+    each step before clipping, by group and for "all". clipped: the fraction of steps whose gradient
     was clipped. weight: |W| by layer along `HORIZON` tokens after training. step: the median of
-    |step| / |W| by layer there. fresh, trained: sensitivity before and after; None where that was
-    not asked for.
+    |step| / |W| by layer there. fresh, trained: sensitivity before and after training; None if not
+    requested.
     """
 
     config: ModelConfig
@@ -126,7 +127,7 @@ class TrainingCheck:
         return math.inf if self.failed else max(self.norms["all"][10:], default=math.nan)
 
     def problems(self) -> list[Problem]:
-        """Everything that is out of range, the worst first."""
+        """Everything out of range, the worst first."""
         return list(_problems(self))
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,19 +165,21 @@ def check_training(
     reference: bool = True,
     sensitivity: bool = True,
 ) -> TrainingCheck:
-    """Train a preset (small: `CHECK_SIZES`) or a config for a few steps, states carried, and say
-    what was seen.
+    """Train a preset (small: `CHECK_SIZES`) or a config for a few steps with carried states, and
+    report what was measured.
 
-    tokens: ids (N,) to train on, of which the last `HORIZON` are kept to look at the memory;
-    without them, the embedded novel, as bytes. reference: train Gated DeltaNet of equal size on the
-    same tokens. Deterministic for one number of threads. Raises ValueError for what cannot be
-    trained, or has no memory.
+    tokens: ids (N,) to train on, the last `HORIZON` of which are held out to examine the memory; by
+    default the embedded novel, as bytes. reference: also train Gated DeltaNet of equal size on the
+    same tokens. Deterministic for a fixed number of threads. Raises ValueError for a model that
+    cannot be trained or has no memory.
     """
     config = preset(model).changed(CHECK_SIZES) if isinstance(model, str) else model
     if not config.memories():
-        raise ValueError("check_training: the model has no memory; its layers are attention alone")
+        raise ValueError("check_training: the model has no memory, only attention")
     if steps < 20:
-        raise ValueError(f"check_training: takes at least 20 steps, ten of them to begin with; got {steps}")
+        raise ValueError(
+            f"check_training: at least 20 steps are needed, the first ten of which are not judged; got {steps}"
+        )
     train, held_out = _text(config, tokens)
     settings = Settings(steps=steps, lr=lr, own_lr=own_lr, warmup=min(50, steps))
     torch.manual_seed(seed)
@@ -214,8 +217,8 @@ def check_training(
 
 @torch.no_grad()
 def follow_change(model: LM, tokens: Tensor, size: float = CHANGE, at: int = CHANGED_AT) -> Sensitivity:
-    """Read tokens (B, T) twice in fp64, the second time with the embedding of token `at` changed by
-    `size`."""
+    """Read tokens (B, T) twice in fp64, the second time with the embedding of token `at` perturbed
+    by `size`."""
     twin = copy.deepcopy(model).double()
     x = twin.model.embed_tokens(tokens)
     noise = torch.randn(x[:, at].shape, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
@@ -227,7 +230,7 @@ def follow_change(model: LM, tokens: Tensor, size: float = CHANGE, at: int = CHA
     change = (twin.lm_head(others) - logits).norm(dim=-1) / logits.norm(dim=-1)
     change = change.amax(0)
     first, last = change[at : at + WINDOW].max(), change[-WINDOW:].max()
-    floor = torch.finfo(torch.float64).eps / 16  # what is gone has no logarithm
+    floor = torch.finfo(torch.float64).eps / 16  # zero has no logarithm
     span = len(change) - WINDOW - at
     growth = float(last.clamp_min(floor).log() - first.clamp_min(floor).log()) / max(1, span) * 1000
     a, b = ([x.double() for x in _tensors(each)] for each in (state, other))
@@ -241,7 +244,7 @@ def _tensors(state: Any) -> list[Tensor]:
 
 
 def _text(config: ModelConfig, tokens: ArrayLike | None) -> tuple[np.ndarray, Tensor]:
-    """What to train on, and (1, HORIZON) to look at the memory."""
+    """The training tokens, and (1, HORIZON) tokens to examine the memory."""
     if tokens is None:
         novel = load_novel()
         train, held_out = (np.frombuffer(x, np.uint8) for x in (novel.train, novel.heldout))
@@ -315,14 +318,14 @@ def _problems(check: TrainingCheck) -> Any:
     if not norm <= LARGEST_NORM:
         yield Problem(
             f"the outer gradient's norm reached {norm:.3g}, where a memory that learns has about 1",
-            "the memory amplifies what it reads: let it forget towards its initial memory (retention "
-            "towards='initial'), forget less (a lower bias of the forget gate), or leave out its norm (norm=False)",
+            "the memory amplifies what it reads: make it forget towards its initial memory (retention "
+            "towards='initial'), forget less (a lower bias of the forget gate), or remove its norm (norm=False)",
         )
     silent = [group for group, norms in check.norms.items() if max(norms, default=0.0) == 0]
     if silent:
         yield Problem(
             f"no gradient ever reached {', '.join(silent)}",
-            "an initial memory of several weights must not begin at 0 (initial_scale), nor a gate at a hard 0 or 1",
+            "an initial memory of several weights must not start at 0 (initial_scale), nor a gate at a hard 0 or 1",
         )
     for layer, each in check.weight.items():
         low, high = WEIGHT_RANGE[0] * each.first, WEIGHT_RANGE[1] * each.early
@@ -330,8 +333,8 @@ def _problems(check: TrainingCheck) -> Any:
             yield Problem(
                 f"|W| of {layer} went from {each.first:.3g} to between {each.smallest:.3g} and {each.largest:.3g} in "
                 f"{HORIZON:,} tokens",
-                "forgetting towards 0 empties a memory, and none lets it grow: retention towards='initial', or "
-                "another first bias of the forget gate",
+                "forgetting towards 0 empties a memory, and no forgetting lets it grow: use retention "
+                "towards='initial', or another initial bias of the forget gate",
             )
     for layer, share in check.step.items():
         if share > LARGEST_STEP:
@@ -346,7 +349,7 @@ def _problems(check: TrainingCheck) -> Any:
             yield Problem(
                 f"{when}, a change of {CHANGE:g} grows by {each.growth:.2g} nats per 1,000 tokens {reached}".strip(),
                 "the stream is chaotic: forget more, towards the initial memory, take smaller steps (the lr gate's "
-                "scale), or leave out the memory's norm",
+                "scale), or remove the memory's norm",
             )
     if check.reference is not None:
         near = NEAR[check.config.memories()[0].conv_size > 0]
@@ -362,19 +365,19 @@ def _problems(check: TrainingCheck) -> Any:
 def written_once(
     config: ModelConfig, pairs: int = 8, *, width: int = 32, draws: int = 64, seed: int = 0
 ) -> float:
-    """The share of random pairs that a config's fresh memory answers after it was written each of
-    them once.
+    """The fraction of random pairs that a config's fresh memory answers after writing each of them
+    once.
 
     No training: keys and values are random, of length 1 and `width` channels; lr is the largest
-    that the config's gate gives, forget and the bias's gates are at their first values, and there
-    is no momentum and no step bound. A key is answered when what is read is nearer to its own value
+    value of the config's gate, forget and the bias's gates have their initial values, and there is
+    no momentum and no step bound. A key counts as answered if the read is closer to its own value
     than to the others. The mean of `draws` memories.
     """
     memory = config.memories()[0]
     rule, made = memory.rule, memory.made()
     lr = made["lr"].largest(1)
     if not math.isfinite(lr):
-        raise ValueError("written_once: the lr gate has no largest value; give it a link that has one")
+        raise ValueError("written_once: the lr gate is unbounded; give it a bounded link")
     if type(rule.algorithm) is GradientDescent:
         algorithm = dataclasses.replace(rule.algorithm, momentum=False, step_bound=0.0)
         rule = dataclasses.replace(rule, algorithm=algorithm)

@@ -1,4 +1,4 @@
-"""`miras check-training`: from options to what `check_training` found, in words."""
+"""`miras check-training`: runs `check_training` and prints its result."""
 
 import json
 import sys
@@ -30,7 +30,7 @@ OUT_OF_RANGE = 1
 
 
 def check(options: CheckOptions) -> int:
-    """Print what a short training shows; 1 where something is out of range."""
+    """Print the result of a short training run; returns 1 if something is out of range."""
     set_threads(options.threads)
     check_seed(options.seed)
     if options.json is not None:
@@ -58,24 +58,24 @@ def check(options: CheckOptions) -> int:
 
 
 def _config(options: CheckOptions) -> ModelConfig:
-    """The model to train: a preset, small unless sizes say otherwise, or a folder's."""
+    """The model to train: a preset, small unless sizes are given, or a folder's."""
     if options.model in presets():
         config = preset(options.model).changed(CHECK_SIZES)
     elif Path(options.model).exists():
         config = read_config(Path(options.model), trust_remote_code=options.trust_remote_code)
     else:
-        config = preset(options.model)  # says which names are near
+        config = preset(options.model)  # suggests similar names
     return override(config, **options.sizes(), **composed(config, options.rule, options.trust_remote_code))
 
 
 def _console() -> Console:
     console = Console(highlight=False, markup=False)
-    # A file or a pipe has no width to fold lines to.
+    # Files and pipes have no width to fold lines to.
     return console if console.is_terminal else Console(highlight=False, markup=False, width=160)
 
 
 def report(name: str, found: TrainingCheck, console: Console) -> None:
-    """What was measured, beside what is in range, and what to change."""
+    """The measurements with their allowed ranges, and what to change."""
     settings = found.settings
     console.print(f"{name}: {found.parameters:,} parameters, {len(found.loss)} steps, lr {settings.lr:g}")
     table = Table("", "measured", "in range", box=None, pad_edge=False)
@@ -90,7 +90,7 @@ def report(name: str, found: TrainingCheck, console: Console) -> None:
     for layer, each in found.weight.items():
         table.add_row(
             f"|W|, {layer}",
-            f"{each.first:.3g} at first, {each.smallest:.3g} to {each.largest:.3g}, {each.last:.3g} at last",
+            f"initially {each.first:.3g}, {each.smallest:.3g} to {each.largest:.3g}, finally {each.last:.3g}",
             "",
         )
         table.add_row(f"|step| / |W|, {layer}", f"{found.step[layer]:.3g}", f"at most {LARGEST_STEP:g}")

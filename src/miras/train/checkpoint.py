@@ -1,4 +1,4 @@
-"""Checkpoints that hold everything a run needs to go on as if it had not stopped.
+"""Checkpoints with everything a run needs to continue as if it had not stopped.
 
 A checkpoint is a model folder (config.json, model.safetensors) with `training.safetensors`
 (optimizer, lane states, random state) and `training.json` (step, task, options, a hash of each
@@ -41,10 +41,9 @@ def save_checkpoint(
     extra: dict[str, bytes],
     keep: int,
 ) -> Path:
-    """Write the checkpoint of `meta["step"]`, whole or not at all, and drop all but the newest
-    `keep`.
+    """Write the checkpoint of `meta["step"]` atomically, and remove all but the newest `keep`.
 
-    One that is there already, whole and the same, stays as it is. What killed saves left is
+    An existing complete checkpoint with the same contents stays. Leftovers of killed saves are
     removed.
     """
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
@@ -73,7 +72,7 @@ def save_checkpoint(
 
 
 def _holds(path: Path, hashes: dict[str, str]) -> bool:
-    """Whether a whole checkpoint of just these files is there."""
+    """Whether a complete checkpoint with exactly these files exists."""
     try:
         return read_meta(path)["sha256"] == hashes and bool(_read(path, hashes))
     except ValueError:
@@ -81,15 +80,14 @@ def _holds(path: Path, hashes: dict[str, str]) -> bool:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of itself. ValueError names the file that is not whole, and an older
-    checkpoint."""
+    """The metadata of a checkpoint. ValueError names the damaged file and an older checkpoint."""
     file = path / "training.json"
     try:
         meta: Any = json.loads(read_checked(file))
     except (OSError, ValueError, RecursionError) as error:
-        raise _refused(path, f"{file} is missing, cut off or changed ({error})") from error
+        raise _refused(path, f"{file} is missing, truncated or changed ({error})") from error
     if not isinstance(meta, dict):
-        raise _refused(path, f"{file} is not what a checkpoint says of itself")
+        raise _refused(path, f"{file} is not the metadata of a checkpoint")
     if "format_version" in meta and meta["format_version"] != FORMAT_VERSION:
         version = meta["format_version"]
         raise _refused(path, f"{file}: checkpoint format {version!r}, this miras reads {FORMAT_VERSION}")
@@ -112,7 +110,7 @@ _META = {
 
 
 def read_checkpoint_config(path: Path, trust_remote_code: bool = False) -> ModelConfig:
-    """The config of a checkpoint's model. ValueError as `read_meta` raises it."""
+    """The config of a checkpoint's model. Raises ValueError like `read_meta`."""
     try:
         return read_config(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -120,7 +118,7 @@ def read_checkpoint_config(path: Path, trust_remote_code: bool = False) -> Model
 
 
 def _read(path: Path, hashes: dict[str, str]) -> dict[str, bytes]:
-    """The files of a checkpoint, each with the hash that was saved."""
+    """The files of a checkpoint, verified against their hashes."""
     files: dict[str, bytes] = {}
     for name, wanted in hashes.items():
         try:
@@ -128,22 +126,22 @@ def _read(path: Path, hashes: dict[str, str]) -> dict[str, bytes]:
         except OSError as error:
             raise _refused(path, f"{path / name} cannot be read ({error.strerror})") from error
         if hashlib.sha256(files[name]).hexdigest() != wanted:
-            raise _refused(path, f"{path / name} is corrupt: its hash is not the one that was saved")
+            raise _refused(path, f"{path / name} is corrupt: its hash differs from the saved one")
     return files
 
 
 def _refused(path: Path, why: str) -> ValueError:
     there = checkpoints(path.parent)
     older = there[: there.index(path)] if path in there else []
-    way = f"; {older[-1]} is older: move {path.name} away to go on from it" if older else ""
+    way = f"; {older[-1]} is older: move {path.name} away to continue from it" if older else ""
     return ValueError(f"{why}{way}")
 
 
 def load_checkpoint(
     path: Path, trust_remote_code: bool = False
 ) -> tuple[LM, dict[str, Tensor], dict[str, Any]]:
-    """The model, the training tensors and the meta data of a checkpoint. ValueError as `read_meta`
-    raises it."""
+    """The model, the training tensors and the metadata of a checkpoint. Raises ValueError like
+    `read_meta`."""
     meta = read_meta(path)
     if missing := {"config.json", "model.safetensors", "training.safetensors"} - meta["sha256"].keys():
         raise _refused(path, f"{path / 'training.json'} lacks the hash of {', '.join(sorted(missing))}")
@@ -158,7 +156,7 @@ def load_checkpoint(
 def restore(
     model: LM, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any]
 ) -> list[LMState | None]:
-    """Put optimizer and random state back, and return the lane states."""
+    """Restore optimizer and random state, and return the lane states."""
     torch.set_rng_state(tensors["rng"])
     by_name = dict(model.named_parameters())
     for key, x in tensors.items():

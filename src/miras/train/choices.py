@@ -1,8 +1,8 @@
 """A memory composed on the command line: `--memory mlp --memory.depth 3 --gates.lr.bias -1.5`, as
 flags and in YAML.
 
-No torch here, so that help is quick: what there is to choose is read from the sources of `core` and
-`nn`.
+This module does not import torch, so --help is fast: the choices are parsed from the sources of
+`core` and `nn`.
 """
 
 import ast
@@ -20,10 +20,10 @@ AXES = {
     "retention": ("core/retention.py", "RETENTIONS"),
     "algorithm": ("core/algorithm.py", "ALGORITHMS"),
 }
-"""Where the choices of each axis are, and the tuple that names them."""
+"""The module with the choices of each axis, and the tuple that names them."""
 
 PARTS = {"gates": ("nn/gates.py", "Gate"), "features": ("nn/memory.py", "Features")}
-"""What else a memory is made of."""
+"""Further settings of a memory."""
 
 HEADS = (*AXES, *PARTS)
 
@@ -32,10 +32,10 @@ Texts = dict[str, str]
 
 
 def take(arguments: list[str]) -> tuple[list[str], Texts]:
-    """The arguments without the flags that compose a memory, and what those say.
+    """The arguments without the flags that compose a memory, and the values of those flags.
 
-    A flag of a field without a value is true, --algorithm.no-momentum is false. Raises ValueError
-    for a flag that names no choice.
+    A field's flag without a value is true, --algorithm.no-momentum is false. Raises ValueError for
+    a flag that does not name a choice.
     """
     rest: list[str] = []
     found: Texts = {}
@@ -52,7 +52,7 @@ def take(arguments: list[str]) -> tuple[list[str], Texts]:
         if not given and words and not words[0].startswith("--"):
             given, value = True, words.pop(0)
         if not given and not dot:
-            raise ValueError(f"{flag} needs a name behind it; known are {', '.join(names(head))}")
+            raise ValueError(f"{flag} must be followed by a name; known are {', '.join(names(head))}")
         before, dot, last = name.rpartition(".")
         if not given:
             name = f"{before}.{last.removeprefix('no_')}"
@@ -62,8 +62,8 @@ def take(arguments: list[str]) -> tuple[list[str], Texts]:
 
 
 def flattened(values: Mapping[Any, Any], head: str = "") -> Texts:
-    """What a YAML file says, as flags say it: {memory: {name: mlp, depth: 3}} and {memory: mlp,
-    memory.depth: 3}."""
+    """The contents of a YAML file in the form of flags: {memory: {name: mlp, depth: 3}} equals
+    {memory: mlp, memory.depth: 3}."""
     found: Texts = {}
     for key, value in values.items():
         name = head if key == "name" and head else f"{head}.{key}" if head else str(key)
@@ -76,15 +76,15 @@ def flattened(values: Mapping[Any, Any], head: str = "") -> Texts:
 
 
 def over(lower: Texts, higher: Texts) -> Texts:
-    """What the higher say, then the lower; another choice on an axis leaves the fields of the lower
-    one's out."""
+    """The higher settings over the lower ones; a different choice on an axis drops the lower one's
+    fields."""
     other = [axis for axis in AXES if axis in higher and folded(higher[axis]) != folded(lower.get(axis, ""))]
     kept = {name: text for name, text in lower.items() if name.partition(".")[0] not in other}
     return kept | higher
 
 
 def _checked(name: str) -> str:
-    """A flag's name. Raises ValueError where it needs one or two more words."""
+    """A flag's name. Raises ValueError if it needs one or two more parts."""
     head, *fields = name.split(".")
     if not all(fields) or (head in PARTS and len(fields) < (2 if head == "gates" else 1)):
         more = "GATE.FIELD, such as --gates.lr.bias" if head == "gates" else "FIELD"
@@ -93,7 +93,7 @@ def _checked(name: str) -> str:
 
 
 def names(head: str) -> list[str]:
-    """The choices of an axis, as the command line writes them."""
+    """The choices of an axis, by their names on the command line."""
     return [kebab(kind) for kind, _ in choices(head)]
 
 
@@ -102,7 +102,7 @@ def choices(head: str) -> list[tuple[str, list[str]]]:
     """The classes that a flag may name, each with its fields."""
     file, wanted = (AXES | PARTS)[head]
     source = (Path(__file__).parents[1] / file).read_text(encoding="utf-8")
-    if head in PARTS:  # the class alone: parsing the rest of a long file would be felt
+    if head in PARTS:  # the class alone: parsing the rest of a long file would be slow
         source = source[source.index(f"\nclass {wanted}(") :].split("\n\n\n")[0]
     tree = ast.parse(source)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
@@ -118,7 +118,7 @@ def choices(head: str) -> list[tuple[str, list[str]]]:
 
 
 def _fields(classes: Mapping[str, ast.ClassDef], kind: str) -> Iterator[str]:
-    """The fields that a dataclass is made with, those of its bases among the choices first."""
+    """The init fields of a dataclass, those of its bases first."""
     for base in map(ast.unparse, classes[kind].bases):
         if base in classes and classes[base].decorator_list:
             yield from _fields(classes, base)
@@ -129,8 +129,8 @@ def _fields(classes: Mapping[str, ast.ClassDef], kind: str) -> Iterator[str]:
 
 
 def told() -> str:
-    """The flags that compose a memory, for help."""
-    lines = ["The memory; what is left out is as the model has it, or as a new choice has it by default:"]
+    """The flags that compose a memory, for --help."""
+    lines = ["The memory; fields not given are those of the model, or the defaults of a new choice:"]
     for head in HEADS:
         shown = [
             (kebab(kind) if head in AXES else "")

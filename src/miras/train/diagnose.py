@@ -1,4 +1,4 @@
-"""Where a number stopped being a number."""
+"""Finding the origin of NaN and infinity."""
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +8,13 @@ from miras.nn.lm import LM, LMState
 
 
 def _first_token(broken: Tensor) -> int:
-    """The first token at which any of broken (..., T) is set."""
+    """The first token at which any of broken (..., T) is true."""
     return int(broken.flatten(0, -2).any(0).nonzero()[0])
 
 
 def first_non_finite(model: LM, tokens: Tensor, state: LMState | None, **masks: Tensor) -> str:
-    """A sentence that names the first layer, head and token whose numbers are not finite in a
-    forward pass."""
+    """A sentence that names the first layer, head and token with non-finite values in a forward
+    pass."""
     for name, p in model.named_parameters():
         if not p.isfinite().all():
             return f"parameter {name} is not finite"

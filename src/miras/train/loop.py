@@ -1,4 +1,4 @@
-"""The loop: batch, loss, gradient, step; states carried, nothing hidden."""
+"""The training loop: batch, loss, gradient, step, with carried states."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from miras.train.tasks import Task, as_tensors
 
 
 class NonFiniteError(RuntimeError):
-    """Training met a number that is not one; the message names where."""
+    """Training produced a non-finite value; the message names where."""
 
 
 class Run:
@@ -34,8 +34,8 @@ class Run:
         self.tokens = 0
 
     def advance(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Raises NonFiniteError, the model then untouched
-        by the step."""
+        """One optimizer step; returns its metrics. Raises NonFiniteError before the model is
+        changed."""
         began = time.perf_counter()
         task, settings = self.task, self.settings
         self.optimizer.zero_grad(set_to_none=True)
@@ -76,15 +76,14 @@ class Run:
         return metrics
 
     def check(self) -> None:
-        """Raise NonFiniteError when the next step's loss is not finite: nothing good can go on from
-        here."""
+        """Raise NonFiniteError if the next step's loss is not finite."""
         with torch.no_grad():
             for micro in range(self.task.micro_batches):
                 self._forward(as_tensors(self.task.batch(self.step, micro)), micro)
 
     def _forward(self, data: dict[str, Tensor], micro: int) -> tuple[Tensor, Tensor, Tensor, LMState]:
-        """Of a micro-batch: the summed weighted loss in nats, openness, predicted ids (B, T), the
-        state behind it."""
+        """For a micro-batch: the summed weighted loss in nats, openness, predicted ids (B, T), the
+        state afterwards."""
         state = self.task.states[micro]
         masks = _needed(data, state is None)
         device = data["tokens"].device.type
@@ -107,7 +106,7 @@ class Run:
 
     @staticmethod
     def load(path: Path, task: Task, settings: Settings, trust_remote_code: bool = False) -> "Run":
-        """The run that a checkpoint holds, to go on exactly; `trust_remote_code` as in
+        """Load the run in a checkpoint, to continue exactly; `trust_remote_code` as in
         `load_model`."""
         model, tensors, meta = load_checkpoint(path, trust_remote_code)
         run = Run(model, task, settings)
@@ -123,9 +122,9 @@ class Run:
 
 
 def _needed(data: dict[str, Tensor], fresh: bool) -> dict[str, Tensor]:
-    """The masks that say anything: without one, the model need not look at single tokens.
+    """The masks that have an effect: without masks the model is faster.
 
-    A `fresh` state has nothing that a reset of the first token could forget.
+    A reset of the first token has no effect on a `fresh` state.
     """
     valid, reset = data["valid"], data["reset"]
     masks = {} if bool(valid.all()) else {"valid": valid}

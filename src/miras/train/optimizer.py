@@ -1,4 +1,4 @@
-"""AdamW with two groups, and a learning rate that warms up and falls on a cosine."""
+"""AdamW with two groups, and a learning rate with warm-up and cosine decay."""
 
 import math
 
@@ -13,8 +13,8 @@ from miras.nn.mixer import Projection
 def parameter_groups(
     model: nn.Module, lr: float, own_lr: float, weight_decay: float
 ) -> list[dict[str, object]]:
-    """Matrices, with weight decay; and gates, norms, convolutions, persistent tokens and initial
-    memories, without.
+    """Two groups: matrices, with weight decay; gates, norms, convolutions, persistent tokens and
+    initial memories, without.
 
     The second group has the learning rate lr * own_lr. Each parameter is in one group, in the
     model's order.
@@ -45,7 +45,7 @@ def parameter_groups(
 
 
 def schedule(step: int, steps: int, warmup: int, lowest: float) -> float:
-    """The share of the peak learning rate at a step: linear to 1 over `warmup`, then a cosine to
+    """The fraction of the peak learning rate at a step: linear to 1 over `warmup`, then a cosine to
     `lowest`."""
     rise = min(1.0, (step + 1) / max(1, warmup))
     done = min(1.0, max(0.0, (step - warmup) / max(1, steps - warmup)))
@@ -53,6 +53,6 @@ def schedule(step: int, steps: int, warmup: int, lowest: float) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Every group at this share of its peak."""
+    """Set every group to this fraction of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share

@@ -75,7 +75,8 @@ def _train(options: TrainOptions, console: Console) -> int:
     run = _begin(options, config, task)
     extra = tokenizer.files()
     metrics = Metrics(options.out / "metrics.jsonl", run.step)
-    said["threads"] = torch.get_num_threads()  # also if it was torch's default, which may differ elsewhere
+    # also if it was torch's default, which may differ elsewhere
+    said["threads"] = torch.get_num_threads()
     if options.resume:  # the model it started with, also if it continues without naming it
         said["model"] = read_meta(checkpoints(options.out)[-1])["options"].get("model")
     console.print(
@@ -123,7 +124,7 @@ def _train(options: TrainOptions, console: Console) -> int:
             metrics.close()
     if run.step < options.steps:
         console.print(
-            f"Interrupted. {path} holds everything: `miras train --out {shlex.quote(str(options.out))} --resume` "
+            f"Interrupted. {path} has everything: `miras train --out {shlex.quote(str(options.out))} --resume` "
             f"goes on from there."
         )
         return INTERRUPTED
