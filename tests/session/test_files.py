@@ -169,7 +169,7 @@ def test_what_is_cut_off_foreign_or_newer_is_refused_by_name(
         Session.load(path, session.base, Other())
     for size in (0, 4, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
-        refused("corrupt or cut off")
+        refused("corrupt or truncated")
     path.write_bytes(data.replace(b"[50]", b"[51]"))
     refused("checksum differs")
     monkeypatch.setattr(files, "FORMAT_VERSION", 2)

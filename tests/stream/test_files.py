@@ -138,7 +138,7 @@ def test_a_cut_off_file_is_refused(saved: tuple[LM, Path]):
     data = path.read_bytes()
     for size in (0, 4, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:size])
-        with pytest.raises(ValueError, match="corrupt or cut off"):
+        with pytest.raises(ValueError, match="corrupt or truncated"):
             load_state(path, model)
 
 
