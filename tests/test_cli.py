@@ -22,6 +22,7 @@ from miras.core.memory import Memory
 from miras.core.retention import Retention
 from miras.data.novel import load_novel
 from miras.data.tokens import ByteTokenizer
+from miras.nn.feature_map import FeatureMap
 from miras.nn.folder import load_model, model_hash, save_model
 from miras.nn.lm import LM
 from miras.nn.plain import KINDS, hints_of
@@ -197,6 +198,10 @@ def test_no_command_shows_the_commands(capsys: pytest.CaptureFixture[str]):
         (
             "info titans-mag --memory.dept 3",
             "--memory.dept: MLP has no 'dept', perhaps you meant 'depth'; it has",
+        ),
+        (
+            "info deltanet --feature-map polynomal",
+            "--feature-map: unknown feature-map 'polynomal', perhaps you meant 'polynomial'; known are identity",
         ),
         ("info titans-mag --memory.depth x", "--memory.depth must be a whole number, got 'x'"),
         (
@@ -410,7 +415,8 @@ def test_yaml_is_read_as_flags_are(tmp_path: Path):
 COMPOSED = (
     "--memory mlp --memory.depth 3 --bias huber --retention decay --retention.towards=initial "
     "--algorithm gradient-descent --algorithm.momentum --algorithm.step-bound 10 --gates.lr.bias -1.5 "
-    "--gates.delta.link softplus --features.keys query"
+    "--gates.delta.link softplus --features.keys query --key-dim 63 --feature-map polynomial "
+    "--feature-map.degree 1"
 )
 FILE = """
 memory: {name: mlp, depth: 3}
@@ -422,6 +428,8 @@ gates:
   lr: {bias: -1.5}
   delta: {link: softplus}
 features: {keys: query}
+key-dim: 63
+feature-map: {name: polynomial, degree: 1}
 """
 
 
@@ -439,6 +447,8 @@ def test_a_rule_is_composed_by_flags_or_in_a_file(tmp_path: Path, capsys: pytest
             "delta": miras.Gate("softplus", bias=0.5413),
         },
         features=miras.Features(keys="query"),
+        key_dim=63,
+        feature_map=miras.Polynomial(1),
     )
     for line in (
         COMPOSED,
@@ -470,6 +480,7 @@ def test_a_rule_is_composed_by_flags_or_in_a_file(tmp_path: Path, capsys: pytest
 def test_help_names_every_choice_and_every_field_of_it():
     """Help reads them from the sources, because it imports no torch."""
     bases = {"memory": Memory, "bias": Bias, "retention": Retention, "algorithm": Algorithm}
+    bases |= {"feature_map": FeatureMap}
     assert list(bases) == list(choices.AXES)
     for axis, base in bases.items():
         found = {kind: set(fields) for kind, fields in choices.choices(axis)}

@@ -26,6 +26,7 @@ _HOMES = {
     "miras.core.schedule": ("Schedule",),
     "miras.core.observe": ("observe",),
     "miras.engine": ("scan",),
+    "miras.nn.feature_map": ("FeatureMap", "Identity", "Polynomial"),
     "miras.nn.gates": ("Gate",),
     "miras.nn.part": ("Sizes", "MixerConfig", "MLPConfig"),
     "miras.nn.mlp": ("SwiGLUConfig",),
@@ -112,6 +113,9 @@ if TYPE_CHECKING:
     from miras.nn.attention import AttentionLayer as AttentionLayer
     from miras.nn.compiled import Compiled as Compiled
     from miras.nn.config import ModelConfig as ModelConfig
+    from miras.nn.feature_map import FeatureMap as FeatureMap
+    from miras.nn.feature_map import Identity as Identity
+    from miras.nn.feature_map import Polynomial as Polynomial
     from miras.nn.folder import load_model as load_model
     from miras.nn.folder import save_model as save_model
     from miras.nn.gates import Gate as Gate

@@ -44,7 +44,10 @@ def small(name: str, **changed: Any) -> ModelConfig:
     return made.changed(SIZES | more | changed)
 
 
-CASES = {name: small(name) for name in presets()} | {"titans-mac-pooled": small("titans-mac", pool=2)}
+CASES = {name: small(name) for name in presets()} | {
+    "titans-mac-pooled": small("titans-mac", pool=2),
+    "deltanet-mapped": small("deltanet", key_dim=3, feature_map=miras.Polynomial()),
+}
 every = pytest.mark.parametrize("name", CASES)
 
 SOURCE = Path(miras.__file__).parent

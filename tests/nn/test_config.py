@@ -139,6 +139,7 @@ def test_a_file_says_everything_that_a_model_is():
         "features",
         "key_dim",
         "value_dim",
+        "feature_map",
     }
     assert set(memory["rule"]["algorithm"]) == {
         "name",

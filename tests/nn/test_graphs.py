@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import miras
 from miras.core.state import Record
 from miras.nn.lm import LM, Block
 from miras.zoo import preset, presets
@@ -23,10 +24,15 @@ SIZES = {
 }
 
 
+CONFIGS = {name: preset(name) for name in presets()} | {
+    "gated-deltanet-mapped": preset("gated-deltanet", key_dim=3, feature_map=miras.Polynomial())
+}
+
+
 def met(name: str) -> list[tuple[Block, tuple[Any, ...], dict[str, Any]]]:
     """A model's blocks, one of each kind, and what each is given for two chunks of two rows."""
     torch.manual_seed(0)
-    config = preset(name)
+    config = CONFIGS[name]
     sizes = SIZES | {
         "num_hidden_layers": len(config.pattern),
         "chunk_size": min(4, config.stride()),
@@ -82,12 +88,13 @@ SOON = (
     "gla",
     "deltanet",
     "deltaproduct",
+    "gated-deltanet-mapped",
 )
 """Every way of the engine and every wiring once."""
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in presets()]
+    "name", [name if name in SOON else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
 )
 def test_a_block_is_one_graph(name: str) -> None:
     same(name, "aot_eager", 1e-12)

@@ -14,6 +14,7 @@ from miras.core.retention import Decay
 from miras.core.rule import Rule
 from miras.nn.attention import AttentionConfig, AttentionLayer
 from miras.nn.config import ModelConfig
+from miras.nn.feature_map import Polynomial
 from miras.nn.gates import BOUNDED, LINKS, Gate, Gates, hard
 from miras.nn.lm import LM
 from miras.nn.memory import Features, MemoryConfig, MemoryLayer, MemoryReader
@@ -26,6 +27,8 @@ RULE = Rule(MLP(expansion=2), algorithm=GradientDescent(momentum=True, step_boun
 PLAIN = Rule(Matrix(), retention=Decay(decayed=True), chunk_size=3)
 DEEP = Rule(MLP(depth=3, expansion=1, residual=False), chunk_size=5)
 
+TURNED = Features(scaled=True, rotary=True)
+
 
 def made(kind: MixerConfig, rule: Rule = RULE, head_dim: int | None = None, **changed):
     """A wiring of attention and a memory."""
@@ -37,12 +40,15 @@ def made(kind: MixerConfig, rule: Rule = RULE, head_dim: int | None = None, **ch
 LAYERS = {
     "titans": lambda: MemoryLayer(HIDDEN, HEADS, RULE),
     "matrix": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, key_dim=5, value_dim=3),
-    "turned": lambda: MemoryLayer(HIDDEN, HEADS, RULE, features=Features(scaled=True, rotary=True)),
+    "turned": lambda: MemoryLayer(HIDDEN, HEADS, RULE, features=TURNED),
     "no-conv": lambda: MemoryLayer(HIDDEN, HEADS, PLAIN, conv_size=0, initial_scale=0.0),
     "deep": lambda: MemoryLayer(HIDDEN, HEADS, DEEP, head_dim=4, value_dim=7, conv_size=2),
     "window": lambda: AttentionLayer(HIDDEN, HEADS, window_size=5, num_persistent=2),
     "full": lambda: AttentionLayer(HIDDEN, HEADS, head_dim=4),
     "mac-wide": lambda: made(MACConfig(), DEEP, segment_size=10, pool=2, key_dim=4, value_dim=7),
+    "mac-mapped": lambda: made(
+        MACConfig(), DEEP, segment_size=10, key_dim=2, value_dim=7, feature_map=Polynomial(3), features=TURNED
+    ),
     "mal-wide": lambda: made(MALConfig(), PLAIN, window_size=5, key_dim=7, value_dim=2),
     "mag-narrow": lambda: made(MAGConfig(), PLAIN, window_size=5, key_dim=3),
     "mag": lambda: made(MAGConfig(), window_size=5, num_persistent=2),

@@ -1,4 +1,7 @@
-"""Keys of one width, values of another: every preset's memory in a layer is the recurrence, streams, and is sized."""
+"""Keys of one width, values of another: every preset's memory in a layer is the recurrence, streams, and is sized.
+
+Some also with a feature map, which widens the keys that the memory has.
+"""
 
 import itertools
 from pathlib import Path
@@ -15,6 +18,7 @@ from miras.core.recurrence import token_by_token
 from miras.core.rule import Call, Rule, State
 from miras.engine.plan import Plan
 from miras.evaluate.describe import describe
+from miras.nn.feature_map import Polynomial
 from miras.nn.gates import Gates
 from miras.nn.lm import LM
 from miras.nn.memory import Features, MemoryLayer
@@ -24,10 +28,14 @@ from miras.zoo import MEMORIES, preset
 
 KEY, VALUE, T = 6, 10, 23
 SIZES = {"hidden_size": 16, "num_heads": 2, "num_hidden_layers": 2, "vocab_size": 32}
-every = pytest.mark.parametrize("name", MEMORIES)
+MAPPED = {f"{name}-mapped": name for name in ("retnet", "mlstm", "deltaproduct", "titans-lmm", "yaad")}
+CASES = {name: name for name in MEMORIES} | MAPPED
+every = pytest.mark.parametrize("name", CASES)
 
 
 def config(name: str, **changed) -> miras.ModelConfig:
+    if name in MAPPED:
+        name, changed = MAPPED[name], {"key_dim": 4, "feature_map": Polynomial()} | changed
     memory = MEMORIES[name].rule.memory
     if isinstance(memory, MLP):  # one that adds its input to its output needs equal widths
         changed = {"memory": MLP(memory.depth, 2, residual=False, bias=memory.bias)} | changed
@@ -102,7 +110,8 @@ def test_sizes_that_are_told_are_the_real_ones(name: str):
     _, state = model(text()[:1])
     assert told["state_bytes"] == sum(x.nbytes for x in state.tensors().values())
     assert told["parameters"] == sum(p.numel() for p in model.parameters())
-    shapes = model.config.memories()[0].rule.memory.shapes(KEY, VALUE + (name == "mlstm"))
+    key, value = 15 if name in MAPPED else KEY, VALUE + name.startswith("mlstm")
+    shapes = model.config.memories()[0].rule.memory.shapes(key, value)
     assert {n: tuple(a.shape[2:]) for n, a in state.layers[0].memory.A.items()} == shapes
     with torch.device("meta"):
         empty = LM(model.config)
@@ -116,7 +125,8 @@ def test_sizes_that_are_told_are_the_real_ones(name: str):
 @torch.no_grad()
 def test_flops_per_token(name: str):
     T = 256  # 16 chunks
-    model = build(name, hidden_size=64, key_dim=16, value_dim=48, chunk_size=16).requires_grad_(False)
+    key = 4 if name in MAPPED else 16
+    model = build(name, hidden_size=64, key_dim=key, value_dim=48, chunk_size=16).requires_grad_(False)
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, **__: 2 * a.numel() * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         model(text(T)[:1])
@@ -163,7 +173,7 @@ def test_a_width_that_is_not_given_is_that_of_the_head():
             {"key_dim": 12, "value_dim": 12},
             "whose heads are 8 wide; leave out value_dim, got 12",
         ),
-        ("transformer", {"key_dim": 4}, "key_dim is read by layers of memory, mac, mag, mal only"),
+        ("transformer", {"key_dim": 4}, "key_dim is only used by layers of memory, mac, mag, mal"),
     ],
 )
 def test_widths_that_cannot_be(name: str, changed: dict[str, int], message: str):

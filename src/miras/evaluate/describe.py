@@ -21,6 +21,7 @@ from miras.core.retention import (
 )
 from miras.core.rule import Rule
 from miras.nn.config import AXES, ModelConfig
+from miras.nn.feature_map import Identity
 from miras.nn.gates import Gate
 from miras.nn.lm import LM
 from miras.nn.memory import MemoryConfig, memories_in
@@ -220,10 +221,10 @@ def features(config: MemoryConfig) -> str:
     keys = {"projected": "", "forget": "; k = forget", "query": "; k = q"}[f.keys]
     scaled = "; q / sqrt(width)" * f.scaled
     normalizer = "; the read is divided by max(1, |n|)" * f.normalizer
+    mapped = "" if isinstance(config.feature_map, Identity) else f", {config.feature_map!r}"
     key, value = ("" if d is None else f", {d} wide" for d in (config.key_dim, config.value_dim))
-    return (
-        f"q, k: {', '.join(made)}{key}{keys}{scaled}; v: {', '.join([*words, f.values])}{value}{normalizer}"
-    )
+    v = ", ".join([*words, f.values])
+    return f"q, k: {', '.join(made)}{key}{mapped}{keys}{scaled}; v: {v}{value}{normalizer}"
 
 
 def design_space() -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers.utils.generic import can_return_tuple
 
 from miras.hf.cache import MirasCache, Turn
 from miras.hf.config import MirasConfig, trusting
-from miras.nn.gates import Gates
+from miras.nn.gates import Precise
 from miras.nn.lm import LM, Reader, Stack
 
 
@@ -67,7 +67,7 @@ class MirasPreTrainedModel(PreTrainedModel):
     def initialize_weights(self) -> None:
         """Initialise what neither the constructor nor a checkpoint has filled."""
         for module in self.modules():
-            if isinstance(module, Gates):
+            if isinstance(module, Precise):
                 module.reset_fixed()
         empty = [n for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
         if empty:

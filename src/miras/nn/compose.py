@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from miras.nn.config import AXES, ModelConfig
+from miras.nn.feature_map import FeatureMap
 from miras.nn.gates import Gate
 from miras.nn.memory import MemoryConfig
 from miras.nn.plain import KINDS, function, hints_of, named
@@ -23,13 +24,14 @@ def composed(config: ModelConfig, texts: Mapping[str, str], trusted: bool = Fals
     """
     memory = next(iter(config.memories()), MemoryConfig())
     found: dict[str, Any] = {}
-    for axis, base in AXES.items():
+    for axis, base in (AXES | {"feature_map": FeatureMap}).items():
         fields = _under(texts, axis)
         if axis not in texts and not fields:
             continue
-        old = getattr(memory.rule, axis)
-        kind = _kind(axis, base, texts[axis], trusted) if axis in texts else type(old)
-        found[axis] = _made(axis, kind, old if type(old) is kind else None, fields, trusted)
+        old = getattr(memory.rule if axis in AXES else memory, axis)
+        flag = axis.replace("_", "-")
+        kind = _kind(flag, base, texts[axis], trusted) if axis in texts else type(old)
+        found[axis] = _made(flag, kind, old if type(old) is kind else None, fields, trusted)
     if fields := _under(texts, "features"):
         found["features"] = _made("features", type(memory.features), memory.features, fields, trusted)
     made, gates = memory.made(), dict[str, dict[str, str]]()

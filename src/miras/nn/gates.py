@@ -157,6 +157,10 @@ def precise() -> torch.dtype:
 class Precise(nn.Module):
     """A module whose parameters stay in fp32 when the model is cast to a shorter dtype."""
 
+    def reset_fixed(self) -> None:
+        """Recompute the buffers, after the module was allocated without values. A subclass with
+        buffers defines it."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Precise":
         def keep(x: Tensor) -> Tensor:
             y = fn(x)
@@ -335,8 +339,6 @@ class Gates(Precise):
                 rate.uniform_(1, 16).log_()
 
     def reset_fixed(self) -> None:
-        """Recompute the gates that are not parameters, after the module was allocated without
-        values."""
         for i, o in enumerate(self.fixed):
             getattr(self, f"fixed{i}").copy_(self._first(o))
 

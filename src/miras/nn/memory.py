@@ -23,6 +23,7 @@ from miras.engine.decode import compiles
 from miras.engine.plan import Plan
 from miras.layers.attention import rotate
 from miras.nn.attention import rotary_refusal
+from miras.nn.feature_map import FeatureMap, Identity
 from miras.nn.gates import (
     Gate,
     Gates,
@@ -35,7 +36,7 @@ from miras.nn.gates import (
 )
 from miras.nn.mixer import Mixer, Projection
 from miras.nn.norm import RMSNorm, unit
-from miras.nn.part import MixerConfig, Sizes, check_sizes
+from miras.nn.part import LARGEST, MixerConfig, Sizes, check_sizes
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class MemoryConfig(MixerConfig):
     gates: how its gates are made where that differs from `DEFAULT_GATES`, by name, or by name.weight for one weight
     of the memory; conv_size: taps behind its projections, 0 for none; initial_scale: deviation of the initial memory
     times sqrt(d_in); features: how queries, keys and values are made; key_dim, value_dim: the width of a head's keys
-    and of its values, that of the head if not given. Raises ValueError for gates that the rule does not read.
+    and of its values, that of the head if not given; feature_map: what q and k go through last, before the memory.
+    Raises ValueError for gates that the rule does not read.
     """
 
     name: ClassVar[str] = "memory"
@@ -153,9 +155,14 @@ class MemoryConfig(MixerConfig):
     features: Features = Features()
     key_dim: int | None = None
     value_dim: int | None = None
+    feature_map: FeatureMap = Identity()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.feature_map, FeatureMap):  # pyright: ignore
+            raise ValueError(
+                f"MemoryConfig: feature_map must be a FeatureMap, such as Polynomial(), got {self.feature_map!r}"
+            )
         if not isinstance(self.rule, Rule) or not isinstance(self.gates, Mapping):  # pyright: ignore
             raise ValueError(
                 f"MemoryConfig: rule must be a Rule(...) and gates a mapping from names to Gate(...), got "
@@ -184,20 +191,27 @@ class MemoryConfig(MixerConfig):
         return self.rule.chunk_size
 
     def widths(self, sizes: Sizes) -> tuple[int, int]:
-        """Dk and Dv, the widths of a head's key and value."""
+        """Dk and Dv, the widths of a head's key and value as they are projected."""
         key, value = (sizes.width() if d is None else d for d in (self.key_dim, self.value_dim))
         return key, value
 
     def held(self, sizes: Sizes) -> tuple[int, int]:
-        """The widths of what the memory itself is given: the value with the normalizer's constant."""
+        """The widths that the memory itself meets: the key's features, the value with the normalizer's constant."""
         key, value = self.widths(sizes)
-        return key, value + self.features.normalizer
+        return self.feature_map.width(key), value + self.features.normalizer
 
     def refusal(self, sizes: Sizes) -> str | None:
         if reason := self.features.refusal(self.rule, self.made(), self.widths(sizes)[0]):
             return f"{self.features} has no meaning here: {reason}"
+        key, value = self.held(sizes)
+        if self.features.keys == "forget" and not isinstance(self.feature_map, Identity):
+            return (
+                f"{self.feature_map} maps keys, and keys='forget' takes those of the memory; use Identity()"
+            )
+        if key > LARGEST:
+            return f"{self.feature_map} makes keys {key:,} wide, more than a tensor can be; give a smaller key_dim"
         try:
-            self.rule.memory.shapes(*self.held(sizes))
+            self.rule.memory.shapes(key, value)
         except ValueError as error:
             return str(error)
         return None
@@ -333,6 +347,7 @@ class MemoryReader(Mixer):
         self.v = Projection(
             hidden_size, num_heads * steps * value_dim, conv_size, ACTIVATIONS[features.values]
         )
+        self.phi = config.feature_map.build(key_dim, num_heads)
         self.paths = ("q", "k", "v") if features.keys == "projected" else ("q", "v")
         self.gates = Gates(hidden_size, num_heads, rule, config.made(), *held)
         self.A0 = InitialMemory(shapes, num_heads, config.initial_scale)
@@ -378,6 +393,7 @@ class MemoryReader(Mixer):
             if self.features.rotary:
                 at, position = places(position["next"], plan, x.shape[1])
                 q, k = rotate(q, at, self.rope_theta), rotate(k, at, self.rope_theta)
+            q, k = self.phi(q), self.phi(k)
             needed = plan.reset is not None or "returns" in self.rule.form
             call = Call(
                 q,
@@ -405,7 +421,7 @@ class MemoryReader(Mixer):
             if self.features.rotary:
                 q = rotate(q, places(position["next"], plan, q.shape[2])[0], self.rope_theta)
             then = anchor_weights(self.rule, anchor, base_of(self.rule, self.A0(asked.shape[0])))
-            y = self._answer(self.rule.memory.apply(q, formed(then, self.outer())))
+            y = self._answer(self.rule.memory.apply(self.phi(q), formed(then, self.outer())))
         return y.transpose(1, 2).flatten(2).to(asked.dtype)
 
     def _sized(self, q: Tensor) -> Tensor:
@@ -418,7 +434,7 @@ class MemoryReader(Mixer):
         return y[..., :-1] / y[..., -1:].abs().clamp_min(1) if self.features.normalizer else y
 
     def _inputs(self, parts: Tree, gates: Tree) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, T, Dk), k and v as the scan takes them."""
+        """q (B, H, T, Dk), k and v as the scan takes them, but for rotation and the feature map."""
         features, steps = self.features, self.rule.algorithm.steps
         q, v = self._sized(parts["q"]), parts["v"]
         if steps > 1:
@@ -456,6 +472,7 @@ class MemoryOptions(TypedDict, total=False):
     features: Features
     key_dim: int | None
     value_dim: int | None
+    feature_map: FeatureMap
 
 
 class MemoryLayer(Mixer):

@@ -17,6 +17,7 @@ from miras.core.memory import MEMORIES, Memory
 from miras.core.retention import RETENTIONS, Retention
 from miras.core.schedule import SCHEDULES, Schedule
 from miras.nn.attention import AttentionConfig
+from miras.nn.feature_map import FEATURE_MAPS, FeatureMap
 from miras.nn.memory import MemoryConfig
 from miras.nn.mlp import SwiGLUConfig
 from miras.nn.part import MixerConfig, MLPConfig, kind_name
@@ -32,6 +33,7 @@ KINDS: dict[type, dict[str, type]] = {
         (Retention, RETENTIONS),
         (Algorithm, ALGORITHMS),
         (Schedule, SCHEDULES),
+        (FeatureMap, FEATURE_MAPS),
         (MixerConfig, (AttentionConfig, MemoryConfig, MACConfig, MAGConfig, MALConfig, SumConfig)),
         (MLPConfig, (SwiGLUConfig,)),
     )

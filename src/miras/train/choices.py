@@ -19,6 +19,7 @@ AXES = {
     "bias": ("core/bias.py", "BIASES"),
     "retention": ("core/retention.py", "RETENTIONS"),
     "algorithm": ("core/algorithm.py", "ALGORITHMS"),
+    "feature_map": ("nn/feature_map.py", "FEATURE_MAPS"),
 }
 """The module with the choices of each axis, and the tuple that names them."""
 
@@ -138,7 +139,7 @@ def told() -> str:
             for kind, fields in choices(head)
         ]
         flag = {"gates": "--gates.GATE.FIELD", "features": "--features.FIELD"}.get(
-            head, f"--{head} NAME, --{head}.FIELD"
+            head, "--{0} NAME, --{0}.FIELD".format(head.replace("_", "-"))
         )
         lines.append(f"  {flag}")
         lines += textwrap.wrap(
