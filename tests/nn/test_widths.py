@@ -16,6 +16,7 @@ import miras.nn.memory
 from miras.core.memory import MLP, Matrix
 from miras.core.recurrence import token_by_token
 from miras.core.rule import Call, Rule, State
+from miras.data.tokens import ByteTokenizer
 from miras.engine.plan import Plan
 from miras.evaluate.describe import describe
 from miras.nn.feature_map import Polynomial
@@ -133,9 +134,20 @@ def test_flops_per_token(name: str):
     assert model.flops_per_token() == pytest.approx(counter.get_total_flops() / T, rel=0.1)
 
 
+def test_a_session_goes_on_from_its_file(tmp_path: Path):
+    tokens = ByteTokenizer()
+    model = build("titans-lmm-mapped", vocab_size=256).float()
+    session, text = miras.Session(model, tokens), b"a state of its own width " * 3
+    session.feed(text)
+    session.save(tmp_path / "s")
+    again = miras.Session.load(tmp_path / "s", model, tokens)
+    assert torch.equal(torch.tensor(again.feed(text).losses), torch.tensor(session.feed(text).losses))
+
+
+@pytest.mark.parametrize("name", ["gated-deltanet", "retnet-mapped"])
 @torch.no_grad()
-def test_a_state_goes_through_a_file(tmp_path: Path):
-    model = build("gated-deltanet").float()
+def test_a_state_goes_through_a_file(name: str, tmp_path: Path):
+    model = build(name).float()
     _, state = model(text()[:, :9])
     save_state(tmp_path / "s", state, model)
     again, _ = load_state(tmp_path / "s", model)
@@ -144,7 +156,7 @@ def test_a_state_goes_through_a_file(tmp_path: Path):
     loaded = miras.load_model(tmp_path / "m")
     assert loaded.config == model.config and torch.equal(loaded(text())[0], model(text())[0])
     with pytest.raises(ValueError, match="belongs to another model"):
-        load_state(tmp_path / "s", build("gated-deltanet", value_dim=8))
+        load_state(tmp_path / "s", build(name, value_dim=8))
 
 
 def test_a_width_that_is_not_given_is_that_of_the_head():
