@@ -1,11 +1,13 @@
 """The rules of the house that a machine can check: import arrows, what is cheap to import, what is pinned."""
 
 import ast
+import io
 import pkgutil
 import re
 import shutil
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -239,3 +241,35 @@ def test_make_installs_what_a_target_needs(target, wanted, tmp_path):
     command = ["make", "-n", f"VENV={tmp_path / 'venv'}", target]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"constraints\.txt (-e \S+)$", said, re.M) == wanted
+
+
+COLUMNS = 100
+
+
+def prose(source: str) -> Iterator[tuple[int, str]]:
+    """Lines of docstrings and comments, with their numbers; not what tells a tool something."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        docstring = token.type == tokenize.STRING and token.line.lstrip().startswith(('"""', 'r"""'))
+        if docstring or token.type == tokenize.COMMENT:
+            for number in range(token.start[0], token.end[0] + 1):
+                if not re.search(r"# (pyright|noqa|type):?", lines[number - 1]):
+                    yield number, lines[number - 1]
+
+
+def test_lines_of_docstrings_and_comments_are_short():
+    long = [
+        f"{path.relative_to(SOURCE)}:{number}"
+        for path, _ in modules(SOURCE)
+        for number, line in prose(path.read_text(encoding="utf-8"))
+        if len(line) > COLUMNS
+    ]
+    assert not long
+
+
+def test_a_long_line_of_prose_is_found():
+    long = "word " * 21
+    assert [n for n, line in prose(f'"""{long}"""\nx = "{long}"\n# {long}\n') if len(line) > COLUMNS] == [
+        1,
+        3,
+    ]

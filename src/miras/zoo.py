@@ -4,12 +4,13 @@ An ablation is one override:
 
     no momentum               algorithm=GradientDescent(step_bound=1.0)
     no forgetting             retention=Keep()
-    forgetting to nothing     retention=Decay(), as the papers print it: deep memories do not learn with it
+    forgetting towards 0      retention=Decay(), as the papers print it: deep memories do not learn
     no convolution            conv_size=0
     no persistent tokens      num_persistent=0
     linear memory             memory=Matrix()
     input-independent gates   gates={"forget": Gate(bias=-5.0, source="constant")}, and so for each
-    first-order outer loop    algorithm=GradientDescent(momentum=True, step_bound=10.0, first_order=True)
+    first-order outer loop    algorithm=GradientDescent(momentum=True, step_bound=10.0,
+                                                        first_order=True)
     steps uphill              algorithm=GradientAscent(momentum=True, step_bound=10.0)
     q in place of k           features=Features(keys="query")
     last layer only           gates=last_layer(preset(name).memories()[0].rule)

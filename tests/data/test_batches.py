@@ -176,5 +176,5 @@ def test_what_does_not_fit_is_refused():
 def test_a_token_file_brings_its_own_offsets(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"some text")
     file = prepare(tmp_path / "a.txt", ByteTokenizer(), tmp_path)
-    with pytest.raises(ValueError, match="leave `offsets` out"):
+    with pytest.raises(ValueError, match="omit `offsets`"):
         Lanes(file, [0, 9], batch_size=1, seq_len=4)

@@ -181,8 +181,8 @@ def test_memory_is_constant_and_gradients_stay_on_between_pieces(tiny: Make, tex
 @pytest.mark.parametrize(
     ("tokens", "reason"),
     [
-        (np.zeros(4), "whole numbers"),
-        (np.zeros((1, 2, 3), dtype=np.int64), "whole numbers"),
+        (np.zeros(4), "arrays of integers"),
+        (np.zeros((1, 2, 3), dtype=np.int64), "arrays of integers"),
         (np.array([1, 256]), "token id 256 is outside the model's vocabulary, 0 to 255"),
         (np.array([1, -3]), "token id -3 is outside"),
         ([np.zeros((2, 3), dtype=np.uint8), np.zeros((3, 3), dtype=np.uint8)], "equally many rows"),

@@ -1,4 +1,4 @@
-"""The definition of a rule: one token at a time.
+"""The definition of a rule: the recurrence, one token at a time.
 
 Shapes: B rows, H heads, T tokens, Dk key width, Dv value width; (d_in, d_out) one weight.
 """
@@ -51,12 +51,13 @@ def recurrence(
 ) -> tuple[Tensor, State]:
     """The definition of a rule, one token at a time: (B, H, T, Dk) queries to (B, H, T, Dv) reads.
 
-    q, k (B, H, T, Dk), v (B, H, T, Dv), gates {name or name.weight: (B, H, T), or channel-wise (B, H, T, d_in, 1) or
-    (B, H, T, 1, d_out)}; `outer` {name: (H, width)} what a memory's outer parameters are. Reads are post-update and
-    include their own token. A token outside `valid` changes nothing and reads 0. A token outside `write` reads
-    and takes its place in its chunk, but changes neither A nor S. `reset` marks a document's first token: back
-    to the accumulators `initial`, S = 0, a new chunk; a retention with towards="initial" needs them always. Raises
-    ValueError when shapes or gates do not fit.
+    q, k (B, H, T, Dk), v (B, H, T, Dv), gates {name or name.weight: (B, H, T), or channel-wise (B,
+    H, T, d_in, 1) or (B, H, T, 1, d_out)}; `outer` {name: (H, width)} are a memory's outer
+    parameters. Each token is read after its own write. A token outside `valid` changes nothing and
+    reads 0. A token outside `write` reads and counts towards its chunk, but changes neither A nor
+    S. `reset` marks a document's first token: it starts from the accumulators `initial`, S = 0 and
+    a new chunk; a retention with towards="initial" always needs `initial`. Raises ValueError if
+    shapes or gates do not fit.
     """
     call = Call.of(q, k, v, gates, valid, write, reset, initial, outer)
     check(rule, state, call)
@@ -65,7 +66,7 @@ def recurrence(
 
 
 def token_by_token(rule: Rule, state: State, call: Call, watch: Watch | None) -> tuple[Tensor, State]:
-    """`recurrence` of a call that was checked; what is watched goes to `watch`."""
+    """`recurrence` for a checked call; observations go to `watch`."""
     fresh = None if call.initial is None else init_state(rule, call.initial)
     base, steps = base_of(rule, call.initial), rule.algorithm.steps
     rule, call = unrolled(rule, call)
@@ -102,7 +103,8 @@ def _token(call: Call, t: int) -> Call:
 def _read_and_write(
     rule: Rule, state: State, base: Tree, now: Call, writes: Tensor, there: Tensor
 ) -> tuple[Tensor, State, Tree]:
-    """One token (T = 1): what is read, the state after, and what an observation shows of it; writes, there (B,)."""
+    """One token (T = 1): the read, the next state, and the values to observe; writes, there
+    (B,)."""
     after, grad, loss, lr = write(rule, state, base, now, writes)
     moved = after.S if rule.algorithm.momentum else {n: -_wide(lr[n]) * grad[n] for n in grad}
     unmoved = state.S if rule.algorithm.momentum else {n: torch.zeros_like(x) for n, x in moved.items()}
@@ -126,10 +128,10 @@ def _read_and_write(
 def write(
     rule: Rule, state: State, base: Tree, now: Call, writes: Tensor
 ) -> tuple[State, Tree, Tensor, Tree]:
-    """One token into the memory: the state after, its gradient and inner loss, and the steps taken.
+    """Write one token: the next state, its gradient and inner loss, and the steps taken.
 
     S = momentum S - lr grad
-    A = advance(A, 1 - forget, direction(S)), or later where steps are gathered
+    A = advance(A, 1 - forget, direction(S)), or later with one update per chunk
     """
     algorithm, retention, gathers = rule.algorithm, rule.retention, rule.schedule.gathers
     gate = lambda name, n: _wide(gate_of(now.gates, name, n))  # noqa: E731
@@ -154,7 +156,7 @@ def write(
 
 
 def taken(rule: Rule, state: State) -> State:
-    """The state whose accumulator has taken what was gathered: A = advance(A, retained, direction(S)), S = 0."""
+    """The state after the update of a chunk: A = advance(A, retained, direction(S)), S = 0."""
     advance = rule.retention.advance
     return replace(
         state,
@@ -167,7 +169,7 @@ def taken(rule: Rule, state: State) -> State:
 def gradient(rule: Rule, state: State, base: Tree, now: Call, kept: Tree) -> tuple[Tree, Tensor]:
     """d bias(memory(k; W), v) / dW and the bias itself; W the weights of the chunk's start.
 
-    Where the retention says so they have forgotten since: what they hold is multiplied by `kept`.
+    If the gradient is taken after forgetting, W is multiplied by `kept`.
     """
     anchor = state.anchor
     trees = (anchor, base, kept, now.gates, now.outer, state.past, {"k": now.k, "v": now.v})
@@ -178,7 +180,7 @@ def gradient(rule: Rule, state: State, base: Tree, now: Call, kept: Tree) -> tup
         if rule.retention.decayed:
             anchor = {n: w * kept[n] for n, w in anchor.items()}
         W = anchor_weights(rule, anchor, base)
-        # A view: k and v may be made of the same tensor, and do not move with it here.
+        # A view: k and v may be computed from the same tensor, but are constants here.
         W = {
             n: w.view_as(w) if w.requires_grad and create else w.detach().requires_grad_()
             for n, w in W.items()
@@ -190,7 +192,7 @@ def gradient(rule: Rule, state: State, base: Tree, now: Call, kept: Tree) -> tup
 
 
 def _pairs(rule: Rule, past: Tree, now: Call) -> tuple[Tensor, Tensor, Tree, Tensor | float]:
-    """The pairs that a token's gradient takes in, what the bias reads of them, and each one's share."""
+    """The pairs of a token's loss window, the bias's gates for them, and their shares."""
     if not past:
         return now.k, now.v, bias_gates(rule, now.gates), 1.0
     pairs = {n: torch.cat([past[n], x], 2) for n, x in _own(rule, past, now).items()}
@@ -198,7 +200,8 @@ def _pairs(rule: Rule, past: Tree, now: Call) -> tuple[Tensor, Tensor, Tree, Ten
 
 
 def _own(rule: Rule, past: Tree, now: Call) -> Tree:
-    """The token's own pair; what the bias reads may be a number per token where `past` holds channels."""
+    """The token's own pair; a gate of the bias may be one number per token where `past` holds
+    channels."""
     own = {"key": now.k, "value": now.v, "share": now.gates["share", ""]}
     own |= {f"bias_{n}": g for n, g in bias_gates(rule, now.gates).items()}
     return {
@@ -208,7 +211,7 @@ def _own(rule: Rule, past: Tree, now: Call) -> Tree:
 
 
 def _passed(rule: Rule, past: Tree, now: Call, writes: Tensor, there: Tensor) -> Tree:
-    """The pairs that the next token looks back on; one that was not written has no share."""
+    """The loss window of the next token; a pair that was not written has share 0."""
     if not past:
         return past
     own = _own(rule, past, now)
@@ -217,7 +220,8 @@ def _passed(rule: Rule, past: Tree, now: Call, writes: Tensor, there: Tensor) ->
 
 
 def _steps(rule: Rule, state: State, now: Call) -> tuple[Tree, Tree]:
-    """The token's step for each weight, bounded by the keys its chunk has met, and those keys with its own."""
+    """The token's step for each weight, bounded by the earlier keys of its chunk, and these keys
+    with its own."""
     algorithm = rule.algorithm
     sizes = {n: algorithm.step_size(gate_of(now.gates, "lr", n), now.k) for n in state.A}
     if not algorithm.step_bound:
@@ -231,12 +235,14 @@ def _steps(rule: Rule, state: State, now: Call) -> tuple[Tree, Tree]:
 
 
 def _wide(gate: Tensor) -> Tensor:
-    """The one token's gate beside a weight: (B, H, 1) or (B, H, 1, i, o) to (B, H, 1 or i, 1 or o)."""
+    """One token's gate, broadcast to a weight: (B, H, 1) or (B, H, 1, i, o) to (B, H, 1 or i, 1 or
+    o)."""
     return gate[:, :, 0] if gate.dim() == 5 else gate[..., None]
 
 
 def unrolled(rule: Rule, call: Call) -> tuple[Rule, Call]:
-    """Tokens of several steps as tokens of one: the first of them forgets, all write, the last one's read counts."""
+    """Tokens with several steps as single-step tokens: the first forgets, all write, the last one
+    is read."""
     n = rule.algorithm.steps
     if n == 1:
         return rule, call
@@ -265,9 +271,9 @@ def unrolled(rule: Rule, call: Call) -> tuple[Rule, Call]:
 
 
 def silent(rule: Rule, call: Call, valid: Tensor) -> Call:
-    """The call with 0 in place of whatever padding tokens hold; valid (B, T).
+    """The call with padding tokens set to 0; valid (B, T).
 
-    What a bias reads is 1 there: it may divide by it, and no number that is none may reach a gradient.
+    Gates of the bias are 1 there: it may divide by them, and NaN must not reach a gradient.
     """
 
     def silence(x: Tensor, quiet: float = 0.0) -> Tensor:  # (B, H, T, ...)
@@ -279,14 +285,15 @@ def silent(rule: Rule, call: Call, valid: Tensor) -> Call:
 
 
 def observed(gates: Gates, lr: Tree, writes: Tensor | None) -> Tree:
-    """The gates as an observation shows them, (B, H, ...): `lr` after its bound, and 0 where nothing was written.
+    """The gates as shown in observations, (B, H, ...): `lr` after its bound, and 0 where nothing
+    was written.
 
-    Of a channel-wise gate it is the mean.
+    A channel-wise gate is averaged.
     """
     shown: Tree = {}
     for (name, weight), gate in gates.items():
         if name == "lr":
-            # The shared gate is shown as it is for the first weight that has none of its own.
+            # The shared gate is shown for the first weight without a gate of its own.
             mine = weight or next((n for n in lr if ("lr", n) not in gates), "")
             mask = 1 if writes is None else writes.view(writes.shape[0], 1, -1)
             shown[spelled((name, weight))] = _mean(lr[mine]) * mask if mine else _mean(gate)
@@ -300,5 +307,6 @@ def _mean(gate: Tensor) -> Tensor:
 
 
 def norm(tree: Tree) -> Tensor:
-    """Euclidean norm over all weights of a memory: {weight: (B, H, ..., d_in, d_out)} -> (B, H, ...)."""
+    """Euclidean norm over all weights of a memory: {weight: (B, H, ..., d_in, d_out)} -> (B, H,
+    ...)."""
     return torch.stack([x.square().sum((-2, -1)) for x in tree.values()]).sum(0).sqrt()

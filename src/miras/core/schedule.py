@@ -18,7 +18,8 @@ class Schedule(Typed):
     update "token": S_t and A_t change with every token (Titans, MIRAS). "chunk": the accumulator is
     updated with the sum of a chunk's steps after its last token (LaCT, In-Place TTT),
 
-        S_t = S_{t-1} - lr_t grad_t,   A = advance(A, the product of 1 - forget, direction(S)),   S = 0
+        S_t = S_{t-1} - lr_t grad_t
+        A = advance(A, product of 1 - forget, direction(S)),   S = 0
 
     read "after" the token's own write, "before" it, or at the chunk's "start". The steps of a chunk
     that is open at a document's end are never applied. Raises ValueError for any other value.

@@ -1,4 +1,4 @@
-"""Every faster way to the numbers of `recurrence`, and `scan`, which chooses among them."""
+"""The fast paths, which compute the same as `recurrence`, and `scan`, which chooses among them."""
 
 from miras.engine.scan import graphable, prepare, run, scan
 

@@ -1,13 +1,16 @@
-"""Gates by channel, and maps from accumulator to weights: chunk by chunk first, then all reads at once.
+"""Gates by channel, and maps from accumulator to weights: gradients chunk by chunk, then all reads
+at once.
 
-Without momentum A_t = keep_t A_{t-1} + s_t x_t d_t^T, s = -lr, and a factor that differs by row or column of a weight
-goes into x or into d. So a memory goes from chunk to chunk as a weighted sum of its n gradients,
+Without momentum A_t = keep_t A_{t-1} + s_t x_t d_t^T, s = -lr, and a factor per row or column of a
+weight can be moved into x or d. So over a chunk a memory changes by a weighted sum of its n
+gradients,
 
     A_n = (keep_1 ... keep_n) A_0 + sum_i (keep_{i+1} ... keep_n) s_i x_i d_i^T
 
-and no A_t inside a chunk is needed for the next one. What the tokens read is known afterwards, of all chunks side by
-side: as masked attention over each chunk with a decay by channel where A is the weights, else with its A_t formed in
-tiles (`miras.engine.tiles`). Products of keep are never divided: they are exact where a gate is 0 or 1.
+and no A_t inside a chunk is needed for the next chunk. The reads of all chunks are computed
+afterwards in parallel: as masked attention over each chunk with a decay by channel if A is the
+weights, else by forming A_t in tiles (`miras.engine.tiles`). Products of keep are never divided, so
+they are exact where a gate is 0 or 1.
 
 Shapes, with R = B * H: N chunks of n tokens; x (R, N, n, d_in), d (R, N, n, d_out).
 """
@@ -34,7 +37,7 @@ from miras.engine.tables import products, step_sizes
 
 
 class Sides(NamedTuple):
-    """A factor of every token beside a weight's gradient: at x, (R, N, n, d_in), or at d, (R, N, n, d_out or 1)."""
+    """A factor of every token's gradient: at x, (R, N, n, d_in), or at d, (R, N, n, d_out or 1)."""
 
     x: Tensor | None
     d: Tensor | None
@@ -45,16 +48,17 @@ class Sides(NamedTuple):
         return Sides(gate[..., 0], None) if gate.shape[-2] > 1 else Sides(None, gate[..., 0, :])
 
     def times(self, other: "Sides") -> "Sides":
-        """Both, one after the other."""
+        """The product of both."""
         return Sides(_times(self.x, other.x), _times(self.d, other.d))
 
     def chunk(self, j: int) -> "Sides":
-        """Those of one chunk."""
+        """The factors of one chunk."""
         return Sides(*(None if side is None else side[:, j] for side in self))
 
 
 class Gated(NamedTuple):
-    """One weight's gates: step s, keep, its products through each token; by chunk, what is kept and added."""
+    """One weight's gates: step s, keep, its products through each token; by chunk, the kept and
+    added factors."""
 
     step: Sides
     keep: Tensor
@@ -66,7 +70,7 @@ class Gated(NamedTuple):
 def run(
     rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """Chunks one after the other, and then their reads."""
+    """Chunks one after the other, then all reads."""
     assert trace is None, "what an observation shows is formed elsewhere"
     state = begun(state, fresh, chunks, 0)
     B, H, N = chunks.q.shape[:3]
@@ -123,7 +127,7 @@ def run(
 
 
 def _gated(rule: Rule, state: State, chunks: Chunks, name: str) -> Gated:
-    """One weight's gates, all chunks at once; what is unwritten stays as it is."""
+    """One weight's gates, all chunks at once; tokens that do not write leave it unchanged."""
     lr = step_sizes(rule, state, chunks, name, gate_of(chunks.gates, "lr", name))
     keep = torch.ones_like(lr[..., :1, :1] if lr.dim() == 6 else lr)
     if "forget" in rule.retention.gates:
@@ -147,7 +151,8 @@ def _scaled(x: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def _met(x: Tensor, keys: Tensor, d: Tensor, keep: Sides) -> Tensor:
-    """What the tokens of a chunk read of its own steps: sum_{i <= t} of x_t keys_i^T d_i, decayed from i to t."""
+    """The reads of a chunk from its own steps: sum_{i <= t} of x_t keys_i^T d_i, decayed from i to
+    t."""
     if keep.x is not None:
         met = lambda *parts: (met_by_key_channel(*(part[""] for part in parts))[0],)  # noqa: E731
         return recomputed(met, {"": x}, {"": keys}, {"": d}, {"": keep.x})[0]
@@ -159,10 +164,11 @@ def _met(x: Tensor, keys: Tensor, d: Tensor, keep: Sides) -> Tensor:
 
 
 def _mixed(scores: Tensor, d: Tensor, keep: Tensor) -> Tensor:
-    """y_t = sum_{i <= t} scores_ti (keep_{i+1} * ... * keep_t) * d_i: scores (..., n, n), d and keep (..., n, D).
+    """y_t = sum_{i <= t} scores_ti (keep_{i+1} * ... * keep_t) * d_i: scores (..., n, n), d and
+    keep (..., n, D).
 
-    By halves: what the second half of a segment reads of the first passes the boundary between them, so its decay is
-    a product before it times one after it, the one beside d_i, the other beside y_t.
+    By halves: reads of the second half of a range from the first half cross the boundary between
+    them, so their decay is a product before it, applied to d_i, times one after it, applied to y_t.
     """
     n = d.shape[-2]
     scores, d, keep = _padded(scores, d, keep)
@@ -181,7 +187,7 @@ def _mixed(scores: Tensor, d: Tensor, keep: Tensor) -> Tensor:
 
 
 def _padded(scores: Tensor, d: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the next power of two of tokens, which add nothing."""
+    """The same, padded to the next power of two with tokens that add nothing."""
     more = (1 << (d.shape[-2] - 1).bit_length()) - d.shape[-2]
     if not more:
         return scores, d, keep
@@ -193,20 +199,23 @@ def _padded(scores: Tensor, d: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _pair(x: Tensor, half: int) -> tuple[Tensor, ...]:
-    """The first and the second halves of all segments, views (..., segments, half, D) of (..., n, D)."""
+    """The first and the second halves of all ranges, views (..., ranges, half, D) of (..., n,
+    D)."""
     return x.unflatten(-2, (-1, 2, half)).unbind(-3)
 
 
 def _below(scores: Tensor, half: int) -> Tensor:
-    """What second halves read of first ones, a view (..., segments, half, half) of (..., n, n)."""
+    """The reads of second halves from first ones, a view (..., ranges, half, half) of (..., n,
+    n)."""
     size = 2 * half
     blocks = scores.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).diagonal(0, -4, -2)
     return blocks[..., half:, :half, :].movedim(-1, -3)
 
 
 def _levels(keep: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Segment by segment, half and, of all segments: the second halves' products up to each token, the first
-    halves' products after each token, and the first halves' whole products. Views, of the moment."""
+    """Level by level, half and, for all ranges: the second halves' products up to each token, the
+    first halves' products after each token, and the first halves' whole products. Views, valid
+    until the next level."""
     before, after = keep.clone(), torch.ones_like(keep)
     half = 1
     while half < keep.shape[-2]:
@@ -244,13 +253,13 @@ class _Mixed(torch.autograd.Function):
         levels = [(half, b.clone(), a.clone(), whole.clone()) for half, b, a, whole in _levels(keep)]
         for half, b, a, whole in reversed(levels):
             (by_b1, by_b2), (by_a1, _) = _pair(by_before, half), _pair(by_after, half)
-            # Back through the products of the next level, b2 * whole and a1 * (the last of b2).
+            # Backward through the products of the next level, b2 * whole and a1 * (the last of b2).
             by_whole, by_last = ((x * y).sum(-2, keepdim=True) for x, y in ((by_b2, b), (by_a1, a)))
             by_b2.mul_(whole)
             by_a1.mul_(b[..., -1:, :])
             by_b1[..., -1:, :].add_(by_whole)
             by_b2[..., -1:, :].add_(by_last)
-            # And through this level's reads.
+            # And through the reads of this level.
             (d1, _), (_, g2) = _pair(d, half), _pair(g, half)
             block, late = _below(scores, half), d1 * a
             by_b2.addcmul_(g2, block @ late)

@@ -1,6 +1,7 @@
-"""Tokens on chunks, and the chunks through a memory: whatever the masks, ways to run them see whole chunks only.
+"""Layout of tokens on chunks: whatever the masks, the fast paths see whole chunks only.
 
-Shapes: B rows, H heads, N chunks, n tokens of a chunk (or of the piece of one that a call brings), Dk, Dv widths.
+Shapes: B rows, H heads, N chunks, n tokens of a chunk (or of the part of it in this call), Dk, Dv
+widths.
 """
 
 import math
@@ -19,30 +20,31 @@ from miras.engine.plan import Even, Grid, Plan
 from miras.engine.recompute import recomputed
 
 ACTIVATION_BYTES = 168 << 20
-"""About as many bytes are kept for the backward pass; chunks before the last ones that fit are recomputed in it."""
+"""About the bytes kept for the backward pass; chunks before the last ones that fit are
+recomputed."""
 
 
 class Fixed(NamedTuple):
-    """What is the same for all tokens: base {weight: (B, H, d_in, d_out)}, the accumulator that a state's A counts
-    from (empty for 0), and outer {name: (H, width)}, a memory's outer parameters."""
+    """Constants of a call: base {weight: (B, H, d_in, d_out)}, the accumulator that a state's A is
+    relative to (empty for 0), and outer {name: (H, width)}, a memory's outer parameters."""
 
     base: Tree
     outer: Tree
 
     def by_head(self, rows: int) -> "Fixed":
-        """The same with rows and heads as one axis."""
+        """The same with rows and heads merged into one axis."""
         outer = {n: p.repeat(rows, 1) for n, p in self.outer.items()}
         return Fixed({n: a.flatten(0, 1) for n, a in self.base.items()}, outer)
 
 
 class Chunks(NamedTuple):
-    """Chunks side by side.
+    """Several chunks of a call.
 
-    q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates (B, H, N, n), or channel-wise with two more axes; write
-    (B, N, n) or None for all; there (B, N, n) which of them exist, or None for all; slots (B or 1, n)
-    the places of the n tokens in their chunk; open: whether some row had read a part of the first chunk before;
-    starts, per chunk, (B,) rows that begin a document there, or None; ends, per chunk, (B,) the phase after it, or
-    None where all rows complete it.
+    q, k (B, H, N, n, Dk), v (B, H, N, n, Dv), gates (B, H, N, n), or channel-wise with two more
+    axes; write (B, N, n) or None for all; there (B, N, n) which tokens exist, or None for all;
+    slots (B or 1, n) the places of the n tokens in their chunk; open: whether some row had already
+    read part of the first chunk; starts, per chunk, (B,) rows that begin a document there, or None;
+    ends, per chunk, (B,) the phase after it, or None if all rows complete it.
     """
 
     q: Tensor
@@ -59,11 +61,11 @@ class Chunks(NamedTuple):
 
 
 Run = Callable[[Rule, State, State | None, Chunks, "list[Tree] | None"], tuple[Tensor, State]]
-"""What takes chunks through a memory: (rule, state, fresh state, chunks, trace)."""
+"""Runs chunks through a memory: (rule, state, fresh state, chunks, trace)."""
 
 
 def by_chunks(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
-    """A call, laid out on chunks of rule.chunk_size and taken through the memory by `run`."""
+    """A call, laid out on chunks of rule.chunk_size and run through the memory by `run`."""
     fresh = None if call.reset is None or call.initial is None else init_state(rule, call.initial)
     fixed, steps = Fixed(base_of(rule, call.initial), call.outer), rule.algorithm.steps
     rule, call = unrolled(rule, call)
@@ -83,7 +85,7 @@ def laid_out(
     watch: Watch | None,
     steps: int,
 ) -> tuple[Tensor, State]:
-    """Tokens of one step each, on a layout whose chunks have rule.chunk_size tokens."""
+    """Single-step tokens, on a layout with chunks of rule.chunk_size tokens."""
     if 0 in call.q.shape[:3]:
         return call.v.new_zeros(call.v.shape), state
     trace: list[Tree] | None = None if watch is None else []
@@ -110,11 +112,12 @@ def _even(
     fixed: Fixed,
     trace: list[Tree] | None,
 ) -> tuple[Tensor, State, Tensor | None]:
-    """The open chunk's rest, whole chunks, the remainder; or a single token. Reads, state, places of the tokens."""
+    """The rest of the open chunk, whole chunks, the remainder; or a single token. Returns reads,
+    state, places of the tokens."""
     T, C, phase, opened = call.q.shape[2], rule.chunk_size, layout.phase, layout.open
-    # Masks may be there and hide nothing: only a single token's can on this layout.
+    # Masks may exist without effect: on this layout only those of a single token have one.
     valid, start, write = (call.valid, call.reset, call.write) if T == 1 else (None, None, call.write)
-    if valid is not None:  # keep the padding's numbers, whatever they are, out of every product
+    if valid is not None:  # keep padding values out of every product
         call = silent(rule, call, valid)
         write = valid if write is None else valid & write
     if start is not None:
@@ -161,11 +164,13 @@ def _grid(
     fixed: Fixed,
     trace: list[Tree] | None,
 ) -> tuple[Tensor, State, Tensor]:
-    """Rows at different phases, holes and documents: one gather puts each row on its own chunk grid."""
+    """Rows at different phases, holes and documents: one gather moves each row to its own chunk
+    grid."""
     q, k, v, gates, write = call.q, call.k, call.v, call.gates, call.write
     (B, H, T, _), N, C = q.shape, layout.count, rule.chunk_size
     if layout.anew is not None and fresh is not None:
-        # A row that begins anew has no rest of a chunk before it, whose numbers would reach the gradients.
+        # A row that starts a document must not keep an open chunk, whose values would reach the
+        # gradients.
         state = choose(layout.anew, fresh, state)
     if (source := layout.source) is not None:
 
@@ -175,7 +180,7 @@ def _grid(
             return F.pad(flat, (0, 0, 0, 1), value=quiet).gather(2, index).view(B, H, N * C, *x.shape[3:])
 
         q, k, v = spread(q), spread(k), spread(v)
-        # Where no token is, a bias reads 1 and all else is 0, as in `silent`.
+        # In empty slots gates of the bias are 1 and everything else is 0, as in `silent`.
         gates = {n: spread(g, float(n[0] in rule.bias.gates)) for n, g in gates.items()}
         write = None if write is None else F.pad(write, (0, 1)).gather(1, source)
     if write is not None:
@@ -202,7 +207,8 @@ def _grid(
 def in_groups(
     run: Run, rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """All chunks in order; when their activations are large, in groups that the backward pass recomputes."""
+    """All chunks in order; if their activations are large, in groups that the backward pass
+    recomputes."""
     N = size = chunks.q.shape[2]
     if torch.is_grad_enabled() and N > 1:
         size = min(N, max(math.isqrt(N - 1) + 1, ACTIVATION_BYTES // _activation_bytes(chunks, state)))
@@ -211,13 +217,14 @@ def in_groups(
     for part in early:
         y, state = _run_again(run, rule, state, fresh, part, trace)
         reads.append(y)
-    # The backward pass begins with the last group, and would recompute it at once.
+    # The backward pass starts with the last group, and would recompute it immediately.
     y, state = run(rule, state, fresh, last, trace)
     return torch.cat([*reads, y], 2) if reads else y, state
 
 
 def _activation_bytes(chunks: Chunks, state: State) -> int:
-    """About what one chunk keeps for the backward pass: weights, what goes in and out of them, and its tables."""
+    """About the bytes one chunk keeps for the backward pass: weights, their inputs and outputs, and
+    its coefficients."""
     n, rows, parts = chunks.q.shape[3], chunks.q.shape[0] * chunks.q.shape[1], 1 + bool(state.S)
     weights = sum(
         parts * a.shape[-2] * a.shape[-1] + 4 * n * (a.shape[-2] + a.shape[-1]) // 2 for a in state.A.values()
@@ -226,9 +233,9 @@ def _activation_bytes(chunks: Chunks, state: State) -> int:
 
 
 def _parts(chunks: Chunks, size: int) -> list[Chunks]:
-    """Groups of `size` chunks, the first one of what is left over.
+    """Groups of `size` chunks; the first has the remainder.
 
-    Split, not sliced: the gradient of a slice is as large as what it was cut from.
+    Split, not sliced: the gradient of a slice has the size of the whole tensor.
     """
     N = chunks.q.shape[2]
     sizes = [N % size] * (N % size > 0) + [size] * (N // size)
@@ -256,7 +263,8 @@ def _parts(chunks: Chunks, size: int) -> list[Chunks]:
 def _run_again(
     run: Run, rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """`run` that keeps only its inputs and runs again in the backward pass: the boundary of activation memory."""
+    """`run` that saves only its inputs and runs again in the backward pass: the boundary of
+    activation memory."""
     traces = [trace]
     names = list(state.tensors())
 
@@ -268,7 +276,7 @@ def _run_again(
             state.with_tensors(mine),
             None if fresh is None else fresh.with_tensors(start),
             chunks._replace(**inputs, gates=gates, fixed=Fixed(base, outer)),
-            traces.pop() if traces else None,  # an observation sees the forward pass only
+            traces.pop() if traces else None,  # observations record the forward pass only
         )
         return (y, *(end.tensors()[name] for name in names))
 
@@ -279,16 +287,17 @@ def _run_again(
 
 
 def begun(state: State, fresh: State | None, chunks: Chunks, j: int) -> State:
-    """The state at the start of chunk j: back to `fresh` in the rows that begin a document there."""
+    """The state at the start of chunk j: `fresh` in the rows that begin a document there."""
     start = chunks.starts[j]
     return state if start is None or fresh is None else choose(start, fresh, state)
 
 
 def written(chunks: Chunks, j: int) -> Tensor | None:
-    """Which tokens of chunk j are written, (B, n), None for all."""
+    """Which tokens of chunk j write, (B, n), None for all."""
     return None if chunks.write is None else chunks.write[:, j]
 
 
 def contiguous(state: State) -> State:
-    """In one layout whether held or loaded: a product's rounding depends on it, and resuming is bit for bit."""
+    """A fixed memory layout, whether in memory or loaded: rounding depends on it, and resuming must
+    be bit-exact."""
     return state.map(torch.Tensor.contiguous)

@@ -1,9 +1,9 @@
-"""One token of every row through a memory where no gradient is recorded: decoding.
+"""Decoding: one token of every row through a memory, without gradients.
 
-A weight's gradient is x d^T, and for a matrix and an MLP both factors have closed forms. So no graph is recorded, no
-table of a chunk is made, and of the weights only what the token changes is written.
+A weight's gradient is x d^T, and for a matrix and an MLP both factors have closed forms. So no
+graph is recorded, no coefficients of a chunk are computed, and weights are updated in one pass.
 
-Shapes: N = B H memories side by side, n weights of each, C the chunk.
+Shapes: N = B H memories, n weights of each, C the chunk.
 """
 
 from collections.abc import Callable
@@ -44,12 +44,13 @@ def has_form(rule: Rule) -> bool:
 
 
 def compiles(rule: Rule) -> bool:
-    """Whether `decode` is plain operations on tensors for this rule, which can be compiled as one."""
+    """Whether `decode` consists of plain tensor operations for this rule, which can be compiled as
+    one graph."""
     return has_form(rule) and type(rule.bias) in (L2, Dot)
 
 
 def decode(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
-    """One token of every row, without masks and without a gradient."""
+    """One token of every row, without masks and gradients."""
     assert not torch.is_grad_enabled()
     q, k, v, gates = call.q, call.k, call.v, call.gates
     apply = _APPLY[type(rule.memory)]
@@ -104,7 +105,8 @@ def _flat(tree: Tree) -> Tree:
 
 
 def _beside(gate: Tensor) -> Tensor:
-    """One token's gate (B, H, 1) or (B, H, 1, d_in or 1, d_out or 1) beside a weight: (N, d_in or 1, d_out or 1)."""
+    """One token's gate (B, H, 1) or (B, H, 1, d_in or 1, d_out or 1), broadcast to a weight: (N,
+    d_in or 1, d_out or 1)."""
     return gate.flatten(0, 2) if gate.dim() == 5 else gate.reshape(-1, 1, 1)
 
 
@@ -121,12 +123,12 @@ def _slope(rule: Rule, pred: Tensor, v: Tensor, gates: Tree) -> Tensor:
 
 
 def _matrix(memory: Matrix, W: Tree, outer: Tree, x: Tensor) -> tuple[Tensor, Backward]:
-    """x (N, 1, Dk) through a matrix, and the way back."""
+    """x (N, 1, Dk) through a matrix, and its backward pass."""
     return torch.bmm(x, W["w"]), lambda slope: ({"w": x}, {"w": slope})
 
 
 def _mlp(memory: MLP, W: Tree, outer: Tree, x: Tensor) -> tuple[Tensor, Backward]:
-    """x (N, 1, Dk) through an MLP, and the way back."""
+    """x (N, 1, Dk) through an MLP, and its backward pass."""
     ins: list[Tensor] = []
     outs: list[Tensor] = []
     y = x
@@ -156,7 +158,8 @@ def _mlp_back(
     scale: Tensor,
     slope: Tensor,
 ) -> tuple[Tree, Tree]:
-    """The way back through an MLP: what went into and came out of its weights, and out of its norm by `scale`."""
+    """The backward pass of an MLP, from inputs and outputs of its weights and the `scale` of its
+    norm."""
     d = slope * outer["gain"] if memory.affine else slope
     if memory.norm:
         mean, along = d.mean(-1, keepdim=True), (d * normed).mean(-1, keepdim=True)
@@ -176,7 +179,7 @@ _APPLY: dict[type, Callable[..., tuple[Tensor, Backward]]] = {Matrix: _matrix, M
 
 
 def _bounds(rule: Rule, state: State, k: Tensor) -> Tree:
-    """`bound_factors` of the token beside each weight, (N, 1, 1); empty without the step bound."""
+    """`bound_factors` of the token for each weight, (N, 1, 1); empty without the step bound."""
     if not state.recent:
         return {}
     met = torch.bmm(k.flatten(0, 1), state.recent["key"].flatten(0, 1).mT).abs_()

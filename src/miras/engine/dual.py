@@ -1,13 +1,16 @@
-"""No weight is formed per token: where maps allow it and gates are per head, a read is masked attention over a chunk.
+"""The dual form: without maps and with gates per head, a read is masked attention over a chunk, and
+no weights are formed per token.
 
-With gradients frozen at a chunk's start, token i's gradient is the rank-one x_i d_i^T in every weight, and S_t and
-A_t are linear in the gradients (papers: Titans eq. 16 to 18; the dual form of TTT, appendix A):
+With gradients frozen at a chunk's start, token i's gradient is the rank-one x_i d_i^T in every
+weight, and S_t and A_t are linear in the gradients (papers: Titans eq. 16 to 18; the dual form of
+TTT, appendix A):
 
-    S_t = H[t,0] S_0 - sum_i H[t,i] lr_i x_i d_i^T          H: products of momentum
-    A_t = K[t,0] A_0 + G[t,0] S_0 - sum_i G[t,i] x_i d_i^T   K: products of 1 - forget, G = K H diag(lr)
+    S_t = H[t,0] S_0 - sum_i H[t,i] lr_i x_i d_i^T
+    A_t = K[t,0] A_0 + G[t,0] S_0 - sum_i G[t,i] x_i d_i^T
 
-so a read x A_t is K[t,0] x A_0 + G[t,0] x S_0 - ((x X^T) . G) D. Where forgetting leads back to the initial
-accumulator, A is the difference from it and a read has x A_0 besides.
+with H the products of momentum, K the products of 1 - forget, and G = K H diag(lr). So a read
+x A_t is K[t,0] x A_0 + G[t,0] x S_0 - ((x X^T) . G) D. With forgetting towards the initial
+accumulator, A is the difference from it, and a read adds x A_0.
 
 Shapes: B rows, H heads, R = B * H, N chunks, n tokens of a chunk, Dk, Dv widths.
 """
@@ -38,9 +41,10 @@ def dual(
     trace: list[Tree] | None,
     factors: "Factors | None" = None,
 ) -> tuple[Tensor, State]:
-    """Chunks one after the other; what depends on gates and keys alone is done for all at once.
+    """Chunks one after the other; whatever depends on gates and keys only is computed for all at
+    once.
 
-    Inside, rows and heads are one axis, so that products need no reshaping.
+    Rows and heads are merged into one axis, so that products need no reshaping.
     """
     factors = at_the_anchor if factors is None else factors
     state = begun(state, fresh, chunks, 0)
@@ -89,7 +93,8 @@ def read(
     coefs: "dict[str, Coefficients]",
     fixed: Fixed,
 ) -> Tensor:
-    """What the tokens of a chunk read, (R, n, Dv): each at the weights that its coefficients make of A and S."""
+    """The reads of a chunk's tokens, (R, n, Dv): each at the weights that its coefficients form
+    from A and S."""
     if rule.schedule.read == "start":
         start = anchor_weights(rule, {n: a.flatten(0, 1) for n, a in state.anchor.items()}, fixed.base)
         return rule.memory.apply(q, formed_flat(start, fixed.outer))
@@ -109,17 +114,17 @@ def read(
 
 
 def formed_flat(W: Tree, outer: Tree) -> Weights:
-    """Weights (R, d_in, d_out) that are there as such, and outer parameters (R, width), beside (R, n, d)."""
+    """Explicit weights (R, d_in, d_out) and outer parameters (R, width), for inputs (R, n, d)."""
     return Weights(lambda n, x: x @ W[n], lambda n, x: x * W[n].mT, {n: p[:, None] for n, p in outer.items()})
 
 
 def _at_read(rule: Rule, coefs: "dict[str, Coefficients]") -> "dict[str, Coefficients]":
-    """The coefficients of what each token reads: its own, or those of the token before."""
+    """The coefficients of each token's read: its own, or those of the previous token."""
     return {n: c.earlier() for n, c in coefs.items()} if rule.schedule.read == "before" else coefs
 
 
 def advance(state: State, xs: Tree, ds: Tree, coefs: "dict[str, Coefficients]") -> State:
-    """The state with A and S as they are behind a chunk."""
+    """The state with A and S after a chunk."""
     A, S = {}, {}
     for n, c in coefs.items():
         parts = [c.kept, state.A[n]]
@@ -143,8 +148,8 @@ def _each(c: Coefficients) -> list[Coefficients]:
 Factors = Callable[
     [Rule, State, Tensor, Tensor, Tree, Fixed, dict[str, Coefficients]], tuple[Tree, Tree, Tensor]
 ]
-"""What finds the factors x_t, d_t of a chunk's gradients, and the inner loss: (rule, state, k, v, gates, fixed,
-coefficients), fixed with rows and heads as one axis."""
+"""Computes the factors x_t, d_t of a chunk's gradients, and the inner loss: (rule, state, k, v,
+gates, fixed, coefficients), fixed with rows and heads merged into one axis."""
 
 
 def at_the_anchor(
@@ -156,7 +161,7 @@ def at_the_anchor(
     fixed: Fixed,
     coefs: dict[str, Coefficients],
 ) -> tuple[Tree, Tree, Tensor]:
-    """Every token's gradient at the weights of the chunk's start: the chunkwise rule."""
+    """Every token's gradient at the chunk's anchor: the chunkwise rule."""
     kept = {n: c.first[..., None] for n, c in coefs.items()} if rule.retention.decayed else None
     return gradient_factors(rule, state, k, v, gates, fixed, kept)
 
@@ -171,7 +176,7 @@ def _watch(
     coefs: dict[str, Coefficients],
     loss: Tensor,
 ) -> Tree:
-    """What an observation shows of a chunk, (B, H, n); here, and only here, per-token weights are formed."""
+    """The observed values of a chunk, (B, H, n); only here are per-token weights formed."""
     rank_one = {n: torch.einsum("rid,rie->ride", x, ds[n]) for n, x in xs.items()}
     moved: Tree = {}
     weights: Tree = {}

@@ -1,9 +1,10 @@
-"""Exact per-token rules of a matrix memory (chunk_size = 1), block by block and not token by token.
+"""Exact per-token rules of a matrix memory (chunk_size = 1), block by block instead of token by
+token.
 
-For L2 the gradients of a block solve one unit triangular system: u_t = k_t W_{t-1} - v_t, and W_{t-1} is linear in
-the u before it (DeltaNet's UT transform, here with momentum and decay in the tables of the dual form). For Dot
-nothing needs solving, u_t = -v_t, and without momentum all blocks are done at once; decay may then differ by key
-channel (GLA, HGRN2).
+For L2 the gradients of a block solve one unit triangular system: u_t = k_t W_{t-1} - v_t, and
+W_{t-1} is linear in the previous u (DeltaNet's UT transform, here with momentum and decay in the
+coefficients of the dual form). For Dot u_t = -v_t needs no solve, and without momentum all blocks
+are computed in parallel; decay may then differ by key channel (GLA, HGRN2).
 """
 
 from dataclasses import replace
@@ -26,18 +27,18 @@ from miras.engine.plan import Plan
 from miras.engine.tables import Coefficients, products
 
 BLOCK = 64
-"""Tokens of a block: a tile of the computation, no part of any model."""
+"""Tokens of a block; not part of the model."""
 
 
 def blockwise(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
-    """Gradients of a block at once, one solve for L2."""
+    """Gradients of a block at once, with one solve for L2."""
     return _by_blocks(
         partial(dual, factors=partial(_solved, rule.retention.decayed)), rule, state, call, plan
     )
 
 
 def hebbian(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
-    """All blocks at once: Dot without momentum, with nobody watching."""
+    """All blocks in parallel: Dot without momentum, not observed."""
     return _by_blocks(_all_blocks, rule, state, call, plan)
 
 
@@ -60,12 +61,12 @@ def _by_blocks(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tu
 
 
 def _opened(state: State) -> State:
-    """What a block needs of a state: at chunk_size 1 its chunk is always empty."""
+    """What a block needs from a state: with chunk_size 1 its chunk is always empty."""
     return replace(state, retained={}, recent={}, phase=torch.zeros_like(state.phase))
 
 
 def _plain(rule: Rule, gates: Gates, k: Tensor) -> Gates:
-    """The algorithm's step in place of its gate."""
+    """The algorithm's step size instead of its gate."""
     if type(rule.algorithm).step_size is Algorithm.step_size:
         return gates
     return {n: rule.algorithm.step_size(g, k) if n[0] == "lr" else g for n, g in gates.items()}
@@ -81,7 +82,8 @@ def _solved(
     fixed: Fixed,
     coefs: dict[str, Coefficients],
 ) -> tuple[Tree, Tree, Tensor]:
-    """Every token's gradient at the weights that the token before it left: (x, d) of a block, and the inner loss."""
+    """Every token's gradient at the weights after the previous token: (x, d) of a block, and the
+    inner loss."""
     c = coefs["w"]
     late = lambda x, first: F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)  # noqa: E731
     table = late(c.table, 0) * (k @ k.mT)
@@ -104,7 +106,8 @@ def _solved(
 def _all_blocks(
     rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """Hebbian writing, blocks side by side: W_t = keep_t W_{t-1} + lr_t k_t v_t^T, keep by head or key channel."""
+    """Hebbian writing, blocks in parallel: W_t = keep_t W_{t-1} + lr_t k_t v_t^T, keep by head or
+    key channel."""
     q, k, v, gates = chunks.q, chunks.k, chunks.v, chunks.gates
     write = None if chunks.write is None else chunks.write[:, None]
     assert trace is None, "what an observation shows is formed elsewhere"
@@ -127,16 +130,18 @@ def _all_blocks(
     y = y + (q * before) @ torch.stack(starts[:-1], 2)
     if chunks.fixed.base:
         y = y + q @ chunks.fixed.base["w"][:, :, None]
-    last = starts[-1].clone()  # a view would keep the memory of every block
+    last = starts[-1].clone()  # a view would keep the memories of all blocks alive
     end = replace(state, A={"w": last}, anchor={"w": last})
     return y.flatten(2, 3), end
 
 
 def met_by_key_channel(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads of a block's own tokens, and the products of keep through each token and after it, all (..., n, D).
+    """Reads from a block's own tokens, and the products of keep through each token and after it,
+    all (..., n, D).
 
-    By halves: what the second half of a segment reads of the first passes the boundary between them, so its decay is
-    a product before it times one after it, a scaled key and a scaled query. Only products of keep occur, no quotient.
+    By halves: reads of the second half of a range from the first half cross the boundary between
+    them, so their decay is a product before it times one after it: a scaled key and a scaled query.
+    Only products of keep occur, no quotients.
     """
     n = q.shape[-2]
     size = 1 << (n - 1).bit_length()

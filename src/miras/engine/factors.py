@@ -1,11 +1,12 @@
-"""The factors of a chunk's gradients for an MLP and L2, written out, with the way back that the outer loop takes.
+"""The factors of a chunk's gradients for an MLP and L2, written out, with their backward pass.
 
-Through x_1 = k, h_i = x_i W_i, x_{i+1} = gelu(h_i) and e = [k +] norm(h_L) - v the gradient of W_i at token t is the
-rank-one x_i d_i^T with d_L = norm'(h_L) e and d_i = gelu'(h_i) * (d_{i+1} W_{i+1}^T). Autograd finds the same; here
-the pieces are fewer, add in place and keep less for the backward pass.
+Through x_1 = k, h_i = x_i W_i, x_{i+1} = gelu(h_i) and e = [k +] norm(h_L) - v the gradient of W_i
+at token t is the rank-one x_i d_i^T with d_L = norm'(h_L) e and d_i = gelu'(h_i) * (d_{i+1}
+W_{i+1}^T). Autograd gives the same; this version has fewer operations, accumulates in place and
+saves less for the backward pass.
 
-Shapes, with R = B * H and L the depth: k (R, n, Dk), v (R, n, Dv), W_i (R, d_in, d_out), x_i (R, n, d_in), h_i and
-d_i (R, n, d_out).
+Shapes, with R = B * H and L the depth: k (R, n, Dk), v (R, n, Dv), W_i (R, d_in, d_out), x_i (R, n,
+d_in), h_i and d_i (R, n, d_out).
 """
 
 import math
@@ -35,14 +36,15 @@ from miras.engine.kernels import recorded
 
 
 def has_factors(rule: Rule) -> bool:
-    """Whether a rule's gradients are written out here, whatever becomes of them."""
+    """Whether a rule's gradients are written out here."""
     memory = rule.memory
     plain = type(memory) is MLP and not (memory.bias or memory.affine) and type(rule.bias) is L2
     return plain and not rule.retention.decayed
 
 
 def factors(rule: Rule, state: State, k: Tensor, v: Tensor, fixed: Fixed) -> tuple[Tree, Tree]:
-    """For every token at once, the factors x_t, d_t of its gradients in every weight, at the chunk's anchor."""
+    """For all tokens at once, the factors x_t, d_t of their gradients in every weight, at the
+    chunk's anchor."""
     memory = rule.memory
     assert isinstance(memory, MLP)
     names = [f"w{i}" for i in range(1, memory.depth + 1)]
@@ -84,7 +86,8 @@ def _forward(
 def recorded_factors(
     residual: bool, norm: bool, k: Tensor, v: Tensor, *weights: Tensor
 ) -> tuple[Tensor, ...]:
-    """What `_forward` gives first, of operations that can be differentiated any number of times."""
+    """The first output of `_forward`, computed by operations that can be differentiated any number
+    of times."""
     hs = [torch.bmm(k, weights[0])]
     xs: list[Tensor] = []
     for W in weights[1:]:
@@ -109,7 +112,7 @@ class _Factors(torch.autograd.Function):
         ctx.choices = residual, norm
         ctx.set_materialize_grads(False)
         between = len(inputs) - 3
-        # x_i and d_1 are wide and soon made again from the rest.
+        # x_i and d_1 are wide and cheap to recompute.
         ctx.save_for_backward(*inputs, *found[between + 1 :], *kept)
         return found
 
@@ -130,7 +133,7 @@ class _Factors(torch.autograd.Function):
         by_W: list[Tensor | None] = [None] * depth
         slopes = [gelu_backward(torch.ones_like(h), h) for h in hs]
 
-        # Back through d_i = gelu'(h_i) u_i, u_i = d_{i+1} W_{i+1}^T, the last computed first.
+        # Backward through d_i = gelu'(h_i) u_i, u_i = d_{i+1} W_{i+1}^T, the last computed first.
         for i, (h, d, slope) in enumerate(zip(hs, ds, slopes, strict=True)):
             g = by_d[i]
             if g is None:
@@ -142,7 +145,7 @@ class _Factors(torch.autograd.Function):
             down = torch.bmm(through, weights[i + 1])
             by_d[i + 1] = down if by_d[i + 1] is None else down.add_(by_d[i + 1])
 
-        # Back through d_L and e.
+        # Backward through d_L and e.
         g = by_d[-1]
         g = torch.zeros_like(z) if g is None else g
         by_e = by_z = g
@@ -155,7 +158,7 @@ class _Factors(torch.autograd.Function):
             by_z = layer_norm_slope(by_e, z, mean, scale).add_(layer_norm_bend(g, e, by_e, d, normed, scale))
         by_k = by_e.clone() if residual else torch.zeros_like(k)
 
-        # Back through h_i = x_i W_i, x_{i+1} = gelu(h_i).
+        # Backward through h_i = x_i W_i, x_{i+1} = gelu(h_i).
         back = by_z
         for i in range(depth - 1, -1, -1):
             x = F.gelu(hs[i - 1]) if i else k
@@ -174,10 +177,10 @@ class _Factors(torch.autograd.Function):
 
 
 def phi(x: Tensor) -> Tensor:
-    """The normal distribution's function."""
+    """The cumulative distribution function of the normal distribution."""
     return 0.5 * (1 + torch.erf(x * 0.5**0.5))
 
 
 def _bell(x: Tensor) -> Tensor:
-    """The normal distribution's density."""
+    """The density of the normal distribution."""
     return (-0.5 * x.square() - 0.5 * math.log(2 * math.pi)).exp()

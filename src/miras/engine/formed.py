@@ -1,4 +1,4 @@
-"""Any maps and gates: every chunk's S_t and A_t are formed.
+"""For any maps and gates: every S_t and A_t of a chunk is formed.
 
 Shapes: B rows, H heads, N chunks, n tokens of a chunk; (d_in, d_out) one weight.
 """
@@ -23,7 +23,7 @@ from miras.engine.tables import step_sizes
 def formed_per_token(
     rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """Chunks one after the other, each with its S_t and A_t formed: for any maps and channel-wise gates."""
+    """Chunks one after the other, forming S_t and A_t: for any maps and channel-wise gates."""
     state = begun(state, fresh, chunks, 0)
     made = _token_gates(rule, state, chunks)
     q, k, v = (x.unbind(2) for x in chunks[:3])
@@ -56,7 +56,7 @@ def formed_per_token(
 
 
 def _passed(keep: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of each chunk, the products of keep through every token, (B, H, n, d_in or 1, d_out or 1)."""
+    """For each chunk the products of keep through every token, (B, H, n, d_in or 1, d_out or 1)."""
     before, _ = through(torch.stack(keep, 2).flatten(0, 1))
     return before.unflatten(0, keep[0].shape[:2]).unbind(2)
 
@@ -74,7 +74,8 @@ def _form(
     base: Tree,
     outer: Tree,
 ) -> tuple[Tensor, ...]:
-    """A chunk's reads, its last A and S, and if watched |S_t| and |W_t|, from S_t and A_t of every token."""
+    """A chunk's reads, its last A and S, and if observed |S_t| and |W_t|, from S_t and A_t of every
+    token."""
     last: dict[str, list[Tensor]] = {"A": [], "S": []}
     W: Tree = {}
     moved: Tree = {}
@@ -84,7 +85,8 @@ def _form(
         surprise = surprise * -gates["lr", n]
         if rule.algorithm.momentum:
             surprise = accumulate(gates["momentum", n], surprise, S[n])
-            last["S"].append(surprise[:, :, -1].clone())  # a view would keep those of every token
+            # a view would keep those of every token alive
+            last["S"].append(surprise[:, :, -1].clone())
         moved[n] = surprise
         step = directed(rule, surprise)
         if write is not None:
@@ -108,7 +110,8 @@ def _size(rule: Rule, x: Tensor, d: Tensor) -> Tensor:
 
 
 def _token_gates(rule: Rule, state: State, chunks: Chunks) -> dict[tuple[str, str], tuple[Tensor, ...]]:
-    """lr, keep and momentum of every weight by chunk, (B, H, n, d_in or 1, d_out or 1); what is unwritten stays."""
+    """lr, keep and momentum of every weight by chunk, (B, H, n, d_in or 1, d_out or 1); tokens that
+    do not write change nothing."""
     write = None if chunks.write is None else chunks.write[:, None, ..., None, None]
     made: dict[tuple[str, str], tuple[Tensor, ...]] = {}
 
@@ -128,5 +131,5 @@ def _token_gates(rule: Rule, state: State, chunks: Chunks) -> dict[tuple[str, st
 
 
 def _wide(gate: Tensor) -> Tensor:
-    """A gate beside a weight: (B, H, N, n) gets two more axes."""
+    """A gate broadcast to a weight: (B, H, N, n) gets two more axes."""
     return gate[..., None, None] if gate.dim() == 4 else gate

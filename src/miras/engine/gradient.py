@@ -1,4 +1,5 @@
-"""What every way needs of a chunk: the factors of its gradients, its steps, and the state behind a piece of it.
+"""Shared by all paths: the factors of a chunk's gradients, its steps, and the state after part of a
+chunk.
 
 Shapes: B rows, H heads, R = B * H, N chunks of n tokens, Dk, Dv widths; (d_in, d_out) one weight.
 """
@@ -17,25 +18,27 @@ from miras.engine.chunks import Chunks, Fixed, written
 def gradient_factors(
     rule: Rule, state: State, k: Tensor, v: Tensor, gates: Tree, fixed: Fixed, kept: Tree | None
 ) -> tuple[Tree, Tree, Tensor]:
-    """For every token at once, the factors of its rank-one gradients x_t d_t^T, and its inner loss.
+    """For all tokens at once, the factors of their rank-one gradients x_t d_t^T, and their inner
+    losses.
 
-    x_t is what a linear map took in, d_t the derivative of the loss by what it gave out: one backward pass. A weight
-    that scales has the gradient x_t * d_t. gates {name: (B, H, n) or (B, H, n, Dv)} what the bias reads; kept
-    {weight: (B, H, n, d_in or 1, d_out or 1)} the products of 1 - forget from the chunk's start through each token,
-    where the gradient is taken at the decayed memory.
+    x_t is the input of a linear map, d_t the derivative of the loss by its output: one backward
+    pass gives all. A weight that scales has the gradient x_t * d_t. gates {name: (B, H, n) or (B,
+    H, n, Dv)}: the bias's gates; kept {weight: (B, H, n, d_in or 1, d_out or 1)} the products of
+    1 - forget from the chunk's start through each token, if the gradient is taken at the decayed
+    memory.
     """
     anchor, base, outer = state.anchor, *fixed
     if rule.algorithm.first_order:
         anchor, base = ({n: w.detach() for n, w in tree.items()} for tree in (anchor, base))
     if kept is not None and state.retained:
         anchor = {n: w * state.retained[n] for n, w in anchor.items()}
-    apart: Tree = {}  # what decay leaves alone, where the gradient is taken at the decayed memory
+    apart: Tree = {}  # the part without decay, if the gradient is taken at the decayed memory
     if kept is None:
         base = {n: b.view_as(anchor[n]) for n, b in base.items()}
         anchor = anchor_weights(rule, anchor, base)
     else:
         apart = base
-    # Where nothing asks for an outer gradient none is built, also outside of no_grad.
+    # If nothing requires an outer gradient no graph is built, also outside of no_grad.
     inputs = (
         *anchor.values(),
         *apart.values(),
@@ -64,7 +67,7 @@ def gradient_factors(
             y = y * kept[name][..., 0, :]
         if apart:
             y = y + alone(name, x)
-        if not y.requires_grad:  # a map of something else than k, such as a memory's inner bias
+        if not y.requires_grad:  # a map of something other than k, such as a memory's inner bias
             y = y.requires_grad_()
         xs[name], outs[name] = x, y
         return y
@@ -93,19 +96,20 @@ def gradient_factors(
 def product(x: Tensor, W: Tensor) -> Tensor:
     """x W, x (R, n, d_in) or (B, H, n, d_in), W (B, H, d_in, d_out) or (R, d_in, d_out).
 
-    It has less around it than x @ W.
+    It has less overhead than x @ W.
     """
     return torch.bmm(x.flatten(0, -3), W.flatten(0, -3)).view(*x.shape[:-1], W.shape[-1])
 
 
 def gates_of_bias(rule: Rule, chunks: Chunks) -> Tree:
-    """What the bias reads of all chunks, {name: (B, H, N, n) or channel-wise (B, H, N, n, Dv)}."""
+    """The bias's gates of all chunks, {name: (B, H, N, n) or channel-wise (B, H, N, n, Dv)}."""
     found = {n: chunks.gates[n, ""] for n in rule.bias.gates}
     return {n: g.squeeze(-2) if g.dim() == 6 else g for n, g in found.items()}
 
 
 def leave_open(rule: Rule, state: State, chunks: Chunks, j: int, phase: Tensor) -> State:
-    """The state after a piece of a chunk: `recent` takes the piece's keys and steps at their places."""
+    """The state after part of a chunk: its keys and steps are stored in `recent` at their
+    places."""
     recent = state.recent
     if rule.algorithm.step_bound:
         k = chunks.k[:, :, j]
@@ -113,7 +117,8 @@ def leave_open(rule: Rule, state: State, chunks: Chunks, j: int, phase: Tensor) 
         slots = chunks.slots.expand(B, n)
         write = written(chunks, j)
 
-        def put(old: Tensor, new: Tensor) -> Tensor:  # (B, H, C, D) with new (B, H, n, D) at the slots
+        # (B, H, C, D) with new (B, H, n, D) at the slots
+        def put(old: Tensor, new: Tensor) -> Tensor:
             index = slots[:, None, :, None].expand(B, H, n, new.shape[-1])
             if write is not None:
                 new = torch.where(write[:, None, :, None], new, old.gather(2, index))

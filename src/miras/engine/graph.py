@@ -1,4 +1,5 @@
-"""Memories in the graphs of `torch.compile`: a call of a memory is taken whole, as the compiler traces it."""
+"""Memories in graphs of `torch.compile`: the call of a memory is one operation that the compiler
+traces."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -14,11 +15,11 @@ from miras.engine.plan import Plan
 Run = Callable[[Rule, State, Call, Plan], tuple[Tensor, State]]
 
 _TAKEN: list[Any] = []
-"""The call that graphs take whole, once `graphable` was asked for."""
+"""The operation in graphs, after `graphable` was called."""
 
 
 def in_graph(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
-    """`run` inside of a graph; a plan that holds masks belongs to one batch, and breaks it."""
+    """`run` inside a graph; a plan with masks belongs to one batch and causes a graph break."""
     if _TAKEN and plan.bare():
         y, after = _TAKEN[0](rule.held, plan, _held(state), _held(call))
         return y, State(**after)
@@ -27,7 +28,8 @@ def in_graph(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tupl
 
 
 def graphable(run: Run) -> None:
-    """Let `torch.compile` take calls of memories into its graphs. It imports the compiler, which takes seconds."""
+    """Let `torch.compile` include calls of memories in its graphs. Imports the compiler, which
+    takes seconds."""
     if _TAKEN:
         return
     from torch._dynamo import nonstrict_trace
@@ -43,6 +45,6 @@ def graphable(run: Run) -> None:
 
 
 def _held(record: State | Call) -> dict[str, Any]:
-    """What a record holds, by the names of its fields: graphs pass on plain containers, and no None."""
+    """The contents of a record by field name: graphs support plain containers without None."""
     held = {f.name: getattr(record, f.name) for f in fields(record)}
     return {name: value for name, value in held.items() if value is not None}

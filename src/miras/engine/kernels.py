@@ -1,9 +1,11 @@
-"""The pieces of the dual form that cost time, each with a backward pass of its own.
+"""The expensive operations of the dual form, each with a written-out backward pass.
 
-Tables of products, reading and advancing are multilinear, so their gradients are known whatever the memory, bias and
-gates are. Written out they scale the narrower side of every product and accumulate in place.
+Coefficient matrices, reads and updates are multilinear, so their gradients are known for every
+memory, bias and gate. Written out, they scale the narrower side of every product and accumulate in
+place.
 
-Shapes, with R = B * H: x (R, n, d_in) what is asked, keys (R, n, d_in), d (R, n, d_out); A, S (B, H, d_in, d_out).
+Shapes, with R = B * H: x (R, n, d_in) the queries, keys (R, n, d_in), d (R, n, d_out); A, S (B, H,
+d_in, d_out).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +18,11 @@ from miras.core.activation import save_lean, saved_lean
 
 
 def read(x: Tensor, keys: Tensor, d: Tensor, table: Tensor, *parts: Tensor) -> Tensor:
-    """What every token reads, x_t A_t, without forming A_t; parts are pairs first (R, n, 1), W (B, H, d_in, d_out).
+    """The read x_t A_t of every token, without forming A_t; parts are pairs first (R, n, 1), W (B,
+    H, d_in, d_out).
 
-    y_t = sum_i table_ti (x_t . keys_i) d_i + sum over the parts of first_t x_t W: of A, and with momentum of S.
+    y_t = sum_i table_ti (x_t . keys_i) d_i + sum over the parts of first_t x_t W: of A, and with
+    momentum of S.
     """
     y = ((x @ keys.mT) * table) @ d
     for first, W in _pairs(parts):
@@ -27,7 +31,8 @@ def read(x: Tensor, keys: Tensor, d: Tensor, table: Tensor, *parts: Tensor) -> T
 
 
 def advance(keys: Tensor, d: Tensor, late: Tensor, *parts: Tensor) -> Tensor:
-    """A or S behind a chunk: late (R, n, 1) is each token's share, parts are pairs share (R, 1, 1), W as above.
+    """A or S after a chunk: late (R, n, 1) is each token's factor, parts are pairs share (R, 1, 1),
+    W as above.
 
     sum_i late_i keys_i d_i^T + sum over the parts of share W
     """
@@ -38,12 +43,12 @@ def advance(keys: Tensor, d: Tensor, late: Tensor, *parts: Tensor) -> Tensor:
 
 
 def fast_read(*inputs: Tensor) -> Tensor:
-    """`read`, the same numbers."""
+    """`read`, by recorded operations."""
     return _Read.apply(*inputs) if torch.is_grad_enabled() else _read(*inputs)
 
 
 def fast_advance(*inputs: Tensor) -> Tensor:
-    """`advance`, the same numbers."""
+    """`advance`, by recorded operations."""
     return _Advance.apply(*inputs) if torch.is_grad_enabled() else _advance(*inputs)
 
 
@@ -155,9 +160,9 @@ def recorded(
     grads: tuple[Tensor | None, ...],
     saved: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients through recorded operations, for a caller who wants to differentiate them again."""
+    """The gradients through recorded operations, for higher derivatives."""
     with torch.enable_grad():
-        # Inputs may depend on each other; aliases do not, so that each gets its own gradient and no other's.
+        # Inputs may depend on each other; aliases do not, so each gets only its own gradient.
         inputs = [x.view_as(x) for x in saved]
         outputs = fn(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -172,7 +177,8 @@ def recorded(
 
 
 def accumulate(a: Tensor, b: Tensor, initial: Tensor) -> Tensor:
-    """x_t = a_t x_{t-1} + b_t for every t: a (B, H, n, d_in or 1, d_out or 1), b (B, H, n, d_in, d_out)."""
+    """x_t = a_t x_{t-1} + b_t for every t: a (B, H, n, d_in or 1, d_out or 1), b (B, H, n, d_in,
+    d_out)."""
     return _Accumulate.apply(a, b, initial)
 
 

@@ -1,16 +1,18 @@
-"""The whole scan of an MLP memory under L2 as one function with a backward pass of its own.
+"""The whole scan of an MLP memory with L2 as one function with a written-out backward pass.
 
-Through x_1 = k, h_i = x_i W_i, x_{i+1} = gelu(h_i) and e = [k +] norm(h_L) - v the gradient of W_i at token t is the
-rank-one x_i d_i^T with d_L = norm'(h_L) e and d_i = gelu'(h_i) * (d_{i+1} W_{i+1}^T), as in `factors`; tables of
-gates are those of `dual`. Only gradients and updates go chunk by chunk. Reads, whose states are known by then, and
-all that depends on activations alone are done for a group of chunks at once. The backward pass keeps the states at
-the groups' starts and forms the others again.
+Through x_1 = k, h_i = x_i W_i, x_{i+1} = gelu(h_i) and e = [k +] norm(h_L) - v the gradient of W_i
+at token t is the rank-one x_i d_i^T with d_L = norm'(h_L) e and d_i = gelu'(h_i) * (d_{i+1}
+W_{i+1}^T), as in `factors`; tables of gates are those of `dual`. Only gradients and updates go
+chunk by chunk. Reads, whose states are known by then, and all that depends on activations alone are
+done for a group of chunks at once. The backward pass keeps the states at the groups' starts and
+forms the others again.
 
-Of a weight its parts lie side by side as Z (R, p, s, l): A, with momentum S, and where A is the difference from an
-initial accumulator that one, s the narrower side and l the wider one. A read is x Z with x once for every part, each
-times its share.
+Of a weight its parts lie side by side as Z (R, p, s, l): A, with momentum S, and where A is the
+difference from an initial accumulator that one, s the narrower side and l the wider one. A read
+is x Z with x once for every part, each times its share.
 
-Shapes: R = B * H rows and heads, N chunks of n tokens, L the depth, m chunks of a group, c parts that are written.
+Shapes: R = B * H rows and heads, N chunks of n tokens, L the depth, m chunks of a group, c parts
+that are written.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,16 +36,17 @@ from miras.engine.kernels import recorded
 from miras.engine.tables import Coefficients, coefficients
 
 GROUP = 256
-"""About as many tokens are read at once."""
+"""About the number of tokens read at once."""
 
 
 class Form(NamedTuple):
     """What the function knows beside numbers.
 
-    tall: which weights have more rows than columns, and lie transposed. tables: which of the tables each weight has.
-    starts, per chunk, (R,) rows that begin a document there, or None; opens, per chunk, (R,) rows that it leaves
-    open, or None where all complete it. apart: whether the anchor differs from A at first; base: whether the last
-    part is what A counts from; group: chunks that are read at once.
+    tall: which weights have more rows than columns, and lie transposed. tables: which of the tables
+    each weight has. starts, per chunk, (R,) rows that begin a document there, or None; opens, per
+    chunk, (R,) rows that it leaves open, or None where all complete it. apart: whether the anchor
+    differs from A at first; base: whether the last part is what A counts from; group: chunks that
+    are read at once.
     """
 
     residual: bool
@@ -59,8 +62,8 @@ class Form(NamedTuple):
 
 
 class Table(NamedTuple):
-    """table (N, R, n, n) and share (N, R, n, p) of the reads; late (N, R, n, c) what each token adds to the parts
-    behind the chunk; move (N, R, c, c) what the parts before it add."""
+    """table (N, R, n, n) and share (N, R, n, p) of the reads; late (N, R, n, c) what each token
+    adds to the parts behind the chunk; move (N, R, c, c) what the parts before it add."""
 
     table: Tensor
     share: Tensor
@@ -69,8 +72,8 @@ class Table(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """q, k, v (N, R, n, D), and for every weight its parts Z (R, p, s, l), the anchor (R, s, l) where it is apart
-    from A, and the parts (R, c, s, l) that a document begins with."""
+    """q, k, v (N, R, n, D), and for every weight its parts Z (R, p, s, l), the anchor (R, s, l)
+    where it is apart from A, and the parts (R, c, s, l) that a document begins with."""
 
     q: Tensor
     k: Tensor
@@ -82,7 +85,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, form: Form, flat: Sequence[Tensor]) -> "Inputs":
-        """From `flat`."""
+        """The inverse of `flat`."""
         it, L = iter(flat), len(form.tall)
         q, k, v = islice(it, 3)
         tables = [Table(*islice(it, 4)) for _ in range(max(form.tables) + 1)]
@@ -96,7 +99,7 @@ class Inputs(NamedTuple):
 def run(
     rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """Chunks through the memory."""
+    """Run chunks through the memory."""
     assert trace is None and isinstance(rule.memory, MLP)
     (B, H, N, n), R = chunks.q.shape[:4], chunks.q.shape[:2].numel()
     state = begun(state, fresh, chunks, 0)
@@ -148,7 +151,8 @@ def run(
 
 
 def scanned(form: Form, given: Inputs) -> list[Tensor]:
-    """y (N, R, n, Dv), the parts behind the last chunk, and the anchor where some row leaves that chunk open."""
+    """y (N, R, n, Dv), the parts behind the last chunk, and the anchor where some row leaves that
+    chunk open."""
     flat = given.flat()
     if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
         return list(_Scan.apply(form, *flat))
@@ -191,7 +195,8 @@ def _table(c: Coefficients, read: str, base: bool) -> Table:
 
 
 def _places(rule: Rule, state: State, fresh: State | None, chunks: Chunks) -> State:
-    """Where the rows are behind the last chunk, and what the step bound remembers: a state without weights."""
+    """Where the rows are behind the last chunk, and what the step bound remembers: a state without
+    weights."""
     bare = lambda x: replace(x, A={}, S={}, anchor={})  # noqa: E731
     state, fresh = bare(state), fresh and bare(fresh)
     closed = close_chunk(rule, state)
@@ -204,10 +209,11 @@ def _places(rule: Rule, state: State, fresh: State | None, chunks: Chunks) -> St
 
 
 class _Kept(dict[tuple[int, str], list[Tensor]]):
-    """What the forward pass leaves to the backward pass, by the number of a group's first chunk and a name.
+    """What the forward pass leaves to the backward pass, by the number of a group's first chunk and
+    a name.
 
-    start: the parts at the group's start; h, u, d, stats: of `_gradients`; r, side, ends: of `_reads`; and by the
-    number of a chunk its anchor, where that is apart.
+    start: the parts at the group's start; h, u, d, stats: of `_gradients`; r, side, ends: of
+    `_reads`; and by the number of a chunk its anchor, where that is apart.
     """
 
     def flat(self) -> tuple[list[tuple[tuple[int, str], int]], list[Tensor]]:
@@ -256,7 +262,8 @@ def _forward(form: Form, given: Inputs, kept: _Kept | None) -> list[Tensor]:
 
 
 def _room(form: Form, N: int, Z: list[Tensor]) -> list[Tensor]:
-    """Room for every weight's parts at the starts of a group's chunks and behind it; the first one is filled."""
+    """Room for every weight's parts at the starts of a group's chunks and behind it; the first one
+    is filled."""
     room = [z.new_empty(min(form.group, N) + 1, *z.shape) for z in Z]
     for each, z in zip(room, Z, strict=True):
         each[:, :, -1] = z[:, -1]  # what A counts from stays, where it is there
@@ -273,7 +280,8 @@ def _chunks(room: list[Tensor], a: int, m: int) -> Iterator[tuple[int, list[Tens
 def _restarted(
     start: Tensor | None, fresh: list[Tensor], Z: list[Tensor], held: list[Tensor] | None
 ) -> list[Tensor] | None:
-    """The anchors, where they are apart, with the rows that begin a document back at `fresh`; the parts in place."""
+    """The anchors, where they are apart, with the rows that begin a document back at `fresh`; the
+    parts in place."""
     if start is None:
         return held
     for z, f in zip(Z, fresh, strict=True):
@@ -300,7 +308,8 @@ def _left(
 
 
 def _gradients(form: Form, k: Tensor, v: Tensor, W: list[Tensor]) -> list[list[Tensor]]:
-    """x_1 ... x_L, d_1 ... d_L, h_1 ... h_L, u_1 ... u_{L-1}, and h_L's mean and scale under a norm."""
+    """x_1 ... x_L, d_1 ... d_L, h_1 ... h_L, u_1 ... u_{L-1}, and h_L's mean and scale under a
+    norm."""
     xs, hs, us = [k], list[Tensor](), list[Tensor]()
     for w, tall in zip(W, form.tall, strict=True):
         if hs:
@@ -341,7 +350,8 @@ def _advance(
 def _reads(
     form: Form, q: Tensor, tables: list[Table], xs: list[Tensor], ds: list[Tensor], Z: list[Tensor]
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """y; what every weight gives out; before the shares where it is tall; mean and scale of the last one."""
+    """y; what every weight gives out; before the shares where it is tall; mean and scale of the
+    last one."""
     rs, sides, stats = list[Tensor](), list[Tensor](), list[Tensor]()
     x = q
     for z, tall, i, key, d in zip(Z, form.tall, form.tables, xs, ds, strict=True):
@@ -451,8 +461,8 @@ def _reads_back(
     ds: list[Tensor],
     Z: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Back through `_reads` of a group: the gradients of q, of every x_i and d_i, and those of the parts as the
-    products of a near and a far side."""
+    """Back through `_reads` of a group: the gradients of q, of every x_i and d_i, and those of the
+    parts as the products of a near and a far side."""
     flat = lambda x: x.flatten(0, 1)  # noqa: E731
     whole = lambda x: x.unflatten(0, (len(q), -1))  # noqa: E731
     rs, sides = group["r"], list(group["side"])
@@ -504,7 +514,8 @@ def _advance_back(
     by_x: list[Tensor],
     by_d: list[Tensor],
 ) -> None:
-    """Back through `_advance`, in place: by_Z is of the parts behind the chunk, then of those before it."""
+    """Back through `_advance`, in place: by_Z is of the parts behind the chunk, then of those
+    before it."""
     for z, by, tall, i, x, d, gx, gd in zip(Z, by_Z, form.tall, form.tables, xs, ds, by_x, by_d, strict=True):
         late, move, into = tables[i].late[j], tables[i].move[j], by_tables[i]
         c = move.shape[-1]
@@ -532,7 +543,8 @@ def _gradients_back(
     by_x: list[Tensor],
     by_d: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Back through `_gradients`: the gradients of k, v and the weights; by_x and by_d are added to in place.
+    """Back through `_gradients`: the gradients of k, v and the weights; by_x and by_d are added to
+    in place.
 
     activations: gelu'(h_i), gelu''(h_i) u_i, h_L, and its mean and scale.
     """
@@ -628,5 +640,6 @@ def _by_parts(V: Tensor, x: Tensor) -> Tensor:
 
 
 def _slope(g: Tensor, x: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """The gradient of a layer norm's input x from that of its output, given x's mean and 1 / deviation."""
+    """The gradient of a layer norm's input x from that of its output, given x's mean and
+    1 / deviation."""
     return layer_norm_backward(g, x, x.shape[-1:], mean, scale, None, None, [True, False, False])[0]

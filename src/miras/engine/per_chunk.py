@@ -1,4 +1,4 @@
-"""One update for a chunk: the steps of its tokens add up, and no token's weights are ever formed.
+"""One update per chunk: the steps of its tokens are summed, and no weights are formed per token.
 
 Shapes: B rows, H heads, N chunks, n tokens of a chunk; (d_in, d_out) one weight.
 """
@@ -20,7 +20,7 @@ from miras.engine.tables import step_sizes
 def per_chunk(
     rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
 ) -> tuple[Tensor, State]:
-    """Chunks one after the other: what each reads, and the sum of its steps."""
+    """Chunks one after the other: the reads of each, and the sum of its steps."""
     state = begun(state, fresh, chunks, 0)
     base = chunks.fixed.base
     lr = {
@@ -75,12 +75,13 @@ def _ends(chunks: Chunks, j: int) -> Tensor:
 
 
 def _wide(gate: Tensor) -> Tensor:
-    """A gate beside a weight: (B, H, N, n) gets two more axes."""
+    """A gate broadcast to a weight: (B, H, N, n) gets two more axes."""
     return gate[..., None, None] if gate.dim() == 4 else gate
 
 
 def _kept(rule: Rule, chunks: Chunks, name: str) -> tuple[Tensor, ...]:
-    """Of each chunk, the products of 1 - forget through every token, (B, H, n, d_in or 1, d_out or 1)."""
+    """For each chunk the products of 1 - forget through every token, (B, H, n, d_in or 1, d_out or
+    1)."""
     keep = torch.ones_like(chunks.q[..., :1, None])
     if "forget" in rule.retention.gates:
         keep = 1 - _wide(gate_of(chunks.gates, "forget", name))

@@ -1,7 +1,8 @@
-"""What the host decides about a call, once for all layers: which tokens exist, where chunks and documents lie.
+"""What the host decides about a call, once for all layers: which tokens exist, where chunks and
+documents begin.
 
-Below the plan nothing waits for a number: layers take from it what depends on numbers. Its rows are filled from the
-front.
+Layers take everything that depends on values from the plan, so nothing below it synchronises with
+the host. In its order padding is at the end of rows.
 
 Shapes: B rows, T tokens, n tokens of a part, N chunks of C tokens.
 """
@@ -19,14 +20,15 @@ from miras.core.observe import Watch
 Made = TypeVar("Made")
 
 
-@dataclass(eq=False)  # not frozen: a graph takes other classes than frozen dataclasses for constants
+@dataclass(eq=False)  # not frozen: graphs treat classes other than frozen dataclasses as constants
 class Plan:
-    """A call of T tokens in rows that are filled from the front.
+    """A call of T tokens, with padding at the end of rows.
 
-    place: tokens that each row had read of its open document. length (B,) tokens of each row, None for all; write,
-    reset (B, T) bool in that order, None for all and none; order (B, T) int64 where the tokens were before, None if
-    nothing moved. lengths and begins are `length`, and where documents begin in each row, as the host knows them;
-    holes (B, T) which tokens exist where rows are not filled from the front.
+    place: tokens that each row had read of its open document. length (B,) tokens of each row, None
+    for all; write, reset (B, T) bool in that order, None for all and none; order (B, T) int64 where
+    the tokens were before, None if nothing moved. lengths and begins are `length`, and where
+    documents begin in each row, as the host knows them; holes (B, T) which tokens exist where rows
+    are not filled from the front.
     device: the layers' own. watch: where what a layer does
     is recorded.
     """
@@ -51,7 +53,7 @@ class Plan:
         return torch.arange(self.tokens, device=self.length.device) < self.length[:, None]
 
     def gather(self, x: Tensor) -> Tensor:
-        """x (B, T, ...) with every row's tokens at its front, and 0 behind them, whatever padding held."""
+        """x (B, T, ...) with every row's tokens moved to the front, followed by 0."""
         valid = self.valid()
         if valid is None:
             return x
@@ -72,12 +74,12 @@ class Plan:
         return torch.zeros_like(y).scatter(1, self.order[wide].expand(y.shape), y)
 
     def after(self) -> tuple[int, ...]:
-        """Tokens that each row has read of its open document behind the call."""
+        """Tokens that each row has read of its open document after the call."""
         rows = zip(self.place, self.lengths, self.begins, strict=True)
         return tuple(n - begins[-1] if begins else place + n for place, n, begins in rows)
 
     def bare(self) -> bool:
-        """Whether it holds no tensors and nobody watches: then all there is to it is known to the host."""
+        """Whether it holds no tensors and is not observed: then it is fully known to the host."""
         held = (self.length, self.write, self.reset, self.order, self.holes, self.watch)
         return all(x is None for x in held)
 
@@ -97,19 +99,20 @@ class Plan:
         return self.length is None and not any(self.begins)
 
     def chunks(self, size: int) -> "Even | Grid":
-        """How the tokens lie on chunks of `size` tokens, counted from each document's beginning."""
+        """The layout of tokens on chunks of `size` tokens, counted from the beginning of each
+        document."""
         return self._once(("chunks", size), lambda: _laid(self, size, [p % size for p in self.place]))
 
     def blocks(self, size: int) -> "Even | Grid":
-        """The same for tiles of a computation, counted from the beginning of the call."""
+        """The same for blocks of a computation, counted from the beginning of the call."""
         return self._once(("blocks", size), lambda: _laid(self, size, [0] * len(self.place)))
 
     def segments(self, size: int) -> "tuple[Part, ...]":
-        """The call cut where segments of `size` tokens end; documents begin new ones."""
+        """The call split at the ends of segments of `size` tokens; documents begin new segments."""
         return self._once(("segments", size), lambda: _segments(self, size))
 
     def steps(self, n: int) -> "Plan":
-        """The plan of the same tokens where each is n tokens."""
+        """The plan of the same call with every token repeated n times."""
         return self if n == 1 else self._once(("steps", n), lambda: self._times(n))
 
     def watched(self, layer: str) -> "Plan":
@@ -134,7 +137,7 @@ class Plan:
         )
 
     def _once(self, key: tuple[str, int], make: Callable[[], Made]) -> Made:
-        """Made by the first layer that asks, kept for the others."""
+        """Computed by the first layer that asks, cached for the others."""
         if key not in self.made:
             self.made[key] = make()
         return self.made[key]
@@ -150,9 +153,11 @@ def plan(
     watch: Watch | None = None,
     packed: bool = True,
 ) -> Plan:
-    """The plan of a batch (B, T) with these masks, each (B, T) bool: here, and only here, the host reads them.
+    """The plan of a batch (B, T) with these masks, each (B, T) bool; the only place where the host
+    reads them.
 
-    packed=False leaves tokens where they are. Raises ValueError when a mask is not a bool mask of that shape.
+    packed=False does not move tokens. Raises ValueError unless masks are bool tensors of that
+    shape.
     """
     B, T = shape
     for name, mask in (("valid", valid), ("write", write), ("reset", reset)):
@@ -189,18 +194,18 @@ def plan(
 
 
 def _known(mask: Tensor | None) -> Tensor | None:
-    """A mask as the host has it; none on the meta device, where only shapes are asked for."""
+    """A mask on the host; None on the meta device, which has shapes only."""
     return None if mask is None or mask.is_meta else mask.cpu()
 
 
 def _places(mask: Tensor) -> tuple[tuple[int, ...], ...]:
-    """Where each row of a mask of the host is true."""
+    """The positions at which each row of a host mask is true."""
     return tuple(tuple(row.nonzero()[:, 0].tolist()) for row in mask)
 
 
 @dataclass(frozen=True)
 class Even:
-    """All rows at one place of a chunk; or a single token, whose rows may be at several."""
+    """All rows at the same phase; or a single token, whose rows may be at different phases."""
 
     phase: int
     open: bool
@@ -208,12 +213,14 @@ class Even:
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows at different places, holes and documents: each row's tokens on its own grid of `count` chunks.
+    """Rows at different phases, holes and documents: each row's tokens on its own grid of `count`
+    chunks.
 
-    open: whether a row goes on with a chunk. place (B, T) the tokens' slots, -1 for padding; source (B, N C) the
-    token in each slot, T for none, or None where nothing moves; there (B, N, C) which slots hold one, None for all.
-    By chunk, starts (B,) the rows that begin a document with it, None for no row, and ends (B,) the place that they
-    have reached in their chunk, None where all complete it. anew (B,): rows whose first token begins a document.
+    open: whether a row continues an open chunk. place (B, T): the tokens' slots, -1 for padding;
+    source (B, N C): the token in each slot, T for none, or None if nothing moves; there (B, N, C):
+    which slots hold a token, None for all. By chunk, starts (B,): the rows that begin a document
+    with it, None for no row, and ends (B,): their phase after it, None if all complete it. anew
+    (B,): rows whose first token begins a document.
     """
 
     count: int
@@ -260,7 +267,7 @@ def _laid(plan: Plan, size: int, phases: list[int]) -> Even | Grid:
 
 
 def _masks(plan: Plan) -> tuple[Tensor, Tensor]:
-    """valid and reset (B, T), as the host knows them."""
+    """valid and reset (B, T), on the host."""
     step = torch.arange(plan.tokens)
     valid = step < torch.tensor(plan.lengths)[:, None] if plan.holes is None else plan.holes
     reset = torch.zeros(len(plan.place), plan.tokens, dtype=torch.bool)
@@ -270,16 +277,17 @@ def _masks(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def grid(phase: Tensor, valid: Tensor, reset: Tensor, size: int) -> Tensor:
-    """Each token's place on its row's own grid of `size` tokens, (B, T) int64: documents start on its lines.
+    """Each token's place on its row's own grid of `size` tokens, (B, T) int64: documents start on
+    multiples of `size`.
 
-    Padding tokens get the place -1. phase (B,) is how much of the open cell is already read.
+    Padding tokens get the place -1. phase (B,) is the number of tokens read of the open cell.
     """
     B, T = valid.shape
     document = (reset & valid).cumsum(1)
     count = torch.zeros(B, T + 1, dtype=torch.long, device=valid.device)
     count = count.scatter_add(1, document, valid.long())
     before = count.cumsum(1) - count  # valid tokens of the call before each document
-    lead = F.pad(phase[:, None], (0, T))  # what the open cell holds already
+    lead = F.pad(phase[:, None], (0, T))  # tokens already in the open cell
     room = -(-(count + lead) // size) * size
     base = room.cumsum(1) - room + lead
     place = base.gather(1, document) + valid.cumsum(1) - 1 - before.gather(1, document)
@@ -288,11 +296,12 @@ def grid(phase: Tensor, valid: Tensor, reset: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """Some tokens of a call that lie in one segment of every row, filled from the front again.
+    """The tokens of a call that lie in one segment of every row, again with padding at the end of
+    rows.
 
-    plan: their own. starts (B,) bool: rows whose segment begins with this part, None for no row; everyone: all do.
-    begins (B, n) bool: those first tokens, None where there are none. where: the tokens' places in the call, a
-    slice, or (B, n) int64 with T for none.
+    plan: that of these tokens. starts (B,) bool: rows whose segment begins with this part, None for
+    no row; everyone: whether all do. begins (B, n) bool: these first tokens, None if there are
+    none. where: the tokens' positions in the call, a slice, or (B, n) int64 with T for none.
     """
 
     plan: Plan
@@ -302,7 +311,7 @@ class Part:
     where: slice | Tensor
 
     def take(self, x: Tensor) -> Tensor:
-        """x (B, T, D) of these tokens, (B, n, D), 0 where there is none."""
+        """x (B, T, D) at these tokens, (B, n, D), 0 where there is none."""
         if isinstance(self.where, slice):
             return x[:, self.where]
         index = self.where[..., None].expand(-1, -1, x.shape[-1])
@@ -340,7 +349,7 @@ def _segments(plan: Plan, size: int) -> tuple[Part, ...]:
 
 
 def _part(plan: Plan, starts: list[bool], where: slice | Tensor) -> Part:
-    """A part, with what the host knows of where its rows begin segments brought to the device."""
+    """A part, with the masks of segment beginnings moved to the device."""
     if not any(starts):
         return Part(plan, None, False, None, where)
     rows = torch.tensor(starts).to(plan.device)
@@ -348,7 +357,7 @@ def _part(plan: Plan, starts: list[bool], where: slice | Tensor) -> Part:
 
 
 def _ragged_part(plan: Plan, place: Tensor, number: int, size: int) -> Part:
-    """The part of segment `number` of each row's grid: one run of the row's tokens."""
+    """The part with segment `number` of each row's grid: consecutive tokens of the row."""
     T, device = plan.tokens, plan.device
     inside = (place >= 0) & (place // size == number)
     length = inside.sum(1)
@@ -364,7 +373,7 @@ def _ragged_part(plan: Plan, place: Tensor, number: int, size: int) -> Part:
         first - row[-1] if row else old + first
         for first, row, old in zip(firsts, before, plan.place, strict=True)
     ]
-    # A row without tokens here stands where its part before, if there is one, has left it.
+    # A row without tokens here stays where its previous part, if any, has left it.
     left = ((place >= 0) & (place // size < number)).any(1).tolist()
     stands = [end if some else old for end, some, old in zip(plan.after(), left, plan.place, strict=True)]
     reads = [at if n else stand for at, n, stand in zip(reads, length.tolist(), stands, strict=True)]
@@ -388,7 +397,8 @@ def _ragged_part(plan: Plan, place: Tensor, number: int, size: int) -> Part:
 
 
 def joined(parts: Sequence[Part], values: list[Tensor], T: int) -> Tensor:
-    """The inverse of `Part.take`: values (B, n, D) of each part back in their places, (B, T, D), 0 elsewhere."""
+    """The inverse of `Part.take`: values (B, n, D) of each part at their positions, (B, T, D), 0
+    elsewhere."""
     if all(isinstance(part.where, slice) for part in parts):
         return values[0] if len(values) == 1 else torch.cat(values, 1)
     y = torch.cat(values, 1)

@@ -1,4 +1,4 @@
-"""Calls of which only the inputs are kept for the backward pass."""
+"""Calls that save only their inputs for the backward pass."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def recomputed(fn: Callable[..., tuple[Tensor, ...]], *trees: Mapping[Any, Tensor]) -> tuple[Tensor, ...]:
-    """fn(*trees), called again with a graph in the backward pass."""
+    """fn(*trees), recomputed with a graph in the backward pass."""
 
     def again(*leaves: Tensor) -> tuple[Tensor, ...]:
         values = iter(leaves)
@@ -26,7 +26,7 @@ class _Recompute(torch.autograd.Function):
             outputs = fn(*inputs)
         taken = {id(x) for x in inputs}
         distinct: list[Tensor] = []
-        for x in outputs:  # one output must not be another one or an input
+        for x in outputs:  # outputs must not alias each other or an input
             distinct.append(x.clone() if id(x) in taken else x)
             taken.add(id(x))
         ctx.mark_non_differentiable(*(x for x in distinct if not x.is_floating_point()))
@@ -35,7 +35,7 @@ class _Recompute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed, again = ctx.needs_input_grad[1:], torch.is_grad_enabled()
-        # Inputs may depend on each other; aliases do not, so that each gets its own gradient and no other's.
+        # Inputs may depend on each other; aliases do not, so each gets only its own gradient.
         inputs = [
             x.view_as(x) if again else x.detach().requires_grad_(need)
             for x, need in zip(ctx.saved_tensors, needed, strict=True)

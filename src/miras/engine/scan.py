@@ -1,4 +1,5 @@
-"""The one dispatch: a rule says what it is, a way what it serves; what no way serves is the recurrence."""
+"""The dispatch: a rule states its form, a path the forms it supports; everything else runs the
+recurrence."""
 
 import warnings
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from miras.engine.per_chunk import per_chunk
 from miras.engine.plan import Plan, plan
 
 LONG = 256
-"""Tokens of a call from which on the recurrence is worth a warning."""
+"""Number of tokens from which on running the recurrence gives a warning."""
 
 
 @ordinary
@@ -46,17 +47,18 @@ def scan(
     initial: Tree | None = None,
     outer: Tree | None = None,
 ) -> tuple[Tensor, State]:
-    """Any number of tokens through a memory: arguments and numbers of `miras.recurrence`, on its fastest way.
+    """Any number of tokens through a memory: like `miras.recurrence`, on the fastest path.
 
-    The result does not depend on where a stream is cut. Activation memory grows with the square root of T. A rule
-    that no faster way serves runs token by token, and a long call says so in a warning.
+    The result does not depend on where a stream is cut. Activation memory grows with the square
+    root of T. A rule that no fast path supports runs token by token, and a long call warns about
+    it.
     """
     call = Call.of(q, k, v, gates, valid, write, reset, initial, outer)
     return run(rule, state, call, planned(rule, state, call))
 
 
 def planned(rule: Rule, state: State, call: Call) -> Plan:
-    """The plan of a call whose tokens stay where they are. Raises ValueError as `scan` does."""
+    """The plan of a call whose tokens are not moved. Raises ValueError like `scan`."""
     check(rule, state, call)
     shape, masks = (call.q.shape[0], call.q.shape[2]), (call.valid, call.write, call.reset)
     return plan(shape, place(rule, state), call.q.device, *masks, watching("memory"), packed=False)
@@ -64,7 +66,7 @@ def planned(rule: Rule, state: State, call: Call) -> Plan:
 
 @ordinary
 def run(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
-    """A call that was checked, in rows that the plan has filled from the front, on the rule's fastest way."""
+    """A checked call, with padding at the end of rows, on the rule's fastest path."""
     way = way_of(rule, call, plan)
     if torch.compiler.is_compiling() and way is not ONE_TOKEN:
         return in_graph(on_its_way, rule, state, call, plan)
@@ -77,12 +79,13 @@ def on_its_way(rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor
 
 
 def graphable() -> None:
-    """Let `torch.compile` take memories into its graphs; the first call imports the compiler, which takes seconds."""
+    """Let `torch.compile` include memories in its graphs; the first call imports the compiler,
+    which takes seconds."""
     graph.graphable(on_its_way)
 
 
 def prepare(rule: Rule, plan: Plan) -> None:
-    """Have the plan decide all that `run` will ask it for this rule."""
+    """Make the plan decide everything that `run` will need for this rule."""
     plan = plan.steps(rule.algorithm.steps)
     if rule.chunk_size == 1:
         plan.blocks(exact.BLOCK)
@@ -90,7 +93,7 @@ def prepare(rule: Rule, plan: Plan) -> None:
 
 
 class Way(NamedTuple):
-    """A way to run a call: the forms of rules that it serves (`Rule.form`), and what else it asks for."""
+    """A fast path: the forms of rules that it supports (`Rule.form`), and its other conditions."""
 
     name: str
     forms: frozenset[str]
@@ -99,12 +102,12 @@ class Way(NamedTuple):
 
 
 def ways(rule: Rule, call: Call, plan: Plan) -> list[Way]:
-    """Every way that serves a call, the fastest first."""
+    """Every path that supports a call, the fastest first."""
     return [way for way in WAYS if rule.form <= way.forms and way.fits(rule, call, plan)]
 
 
 def way_of(rule: Rule, call: Call, plan: Plan) -> Way:
-    """The fastest way that serves a call; the recurrence where there is none."""
+    """The fastest path that supports a call, or the recurrence."""
     found = ways(rule, call, plan)
     if found:
         return found[0]

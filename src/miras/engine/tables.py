@@ -1,4 +1,5 @@
-"""Tables of the dual form: what gates and keys alone say of a chunk's reads and of the memory behind it.
+"""Coefficients of the dual form: the factors of a chunk's reads and update that depend on gates and
+keys only.
 
 Shapes: B rows, H heads, N chunks of n tokens; (d_in, d_out) one weight.
 """
@@ -16,12 +17,13 @@ from miras.engine.recompute import recomputed
 
 
 class Coefficients(NamedTuple):
-    """What one weight's update is made of, chunk by chunk, with the signs of the equations at the top of the file.
+    """The coefficients of one weight's update, chunk by chunk, with the signs of the equations in
+    `dual`.
 
-    lr (..., n) the bounded step, keep (..., n). A read: first (..., n, 1), K0; table (..., n, n), -G; with momentum
-    first_S (..., n, 1), G0. A behind the chunk: late (..., n, 1), kept and with momentum kept_S (..., 1, 1), those
-    of the last token; S behind it: last (..., n, 1), -H, and carry (..., 1, 1), H0. H (..., n, n), -H, and H0
-    (..., n) are for an observer only.
+    lr (..., n) the bounded step, keep (..., n). A read: first (..., n, 1), K0; table (..., n, n),
+    -G; with momentum first_S (..., n, 1), G0. A after the chunk: late (..., n, 1), kept and with
+    momentum kept_S (..., 1, 1), those of the last token; S after it: last (..., n, 1), -H, and
+    carry (..., 1, 1), H0. H (..., n, n), -H, and H0 (..., n) are for an observer only.
     """
 
     lr: Tensor
@@ -38,33 +40,34 @@ class Coefficients(NamedTuple):
     H0: Tensor | None = None
 
     def banded(self, band: Tensor) -> "Coefficients":
-        """Where a token writes the pairs that its row of the band (..., n, m + n) names, and not its own alone."""
+        """Coefficients for a loss window: a token writes all pairs in its row of the band (..., n,
+        m + n)."""
         wide = lambda x: None if x is None else (x.mT @ band).mT  # noqa: E731
         late, last = wide(self.late), wide(self.last)
         assert late is not None
         return self._replace(table=self.table @ band, late=late, last=last)
 
     def earlier(self) -> "Coefficients":
-        """Of a read, those of the token before."""
+        """The read coefficients of the previous token."""
         first, table, first_S = _late(self.first, 1), _late(self.table, 0), _late(self.first_S, 0)
         assert first is not None and table is not None
         return self._replace(first=first, table=table, first_S=first_S)
 
     @staticmethod
     def of(lr: Tensor, keep: Tensor, first: Tensor, table: Tensor, **more: Tensor | None) -> "Coefficients":
-        """With those of the last token."""
+        """The coefficients with those of the last token."""
         return Coefficients(
             lr, keep, first, table, late=table[..., -1, :, None], kept=first[..., -1:, :], **more
         )
 
 
 def _late(x: Tensor | None, first: float) -> Tensor | None:
-    """x (..., n, m) one token later, with `first` for the first one."""
+    """x (..., n, m) shifted by one token, starting with `first`."""
     return None if x is None else F.pad(x[..., :-1, :], (0, 0, 1, 0), value=first)
 
 
 def coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dict[str, Coefficients]:
-    """The coefficients of every weight, all chunks at once, from gates and keys."""
+    """The coefficients of every weight for all chunks, from gates and keys."""
     write = None if chunks.write is None else chunks.write[:, None]
     open_chunk = rule.algorithm.step_bound > 0 and chunks.open
     shared: dict[tuple[int, ...], Coefficients] = {}
@@ -72,7 +75,7 @@ def coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dic
     for name in state.A:
         own = gates_of(chunks.gates, rule.update_gates, name)
         key = tuple(id(g) for g in own.values())
-        # Weights that share their gates share these too, but for what each may have met in an open chunk.
+        # Weights with shared gates share these too, except for the earlier steps of an open chunk.
         if key not in shared or open_chunk:
             lr = step_sizes(rule, state, chunks, name, own["lr"])
             keep = torch.ones_like(lr)
@@ -105,7 +108,8 @@ def coefficients(rule: Rule, state: State, chunks: Chunks, watched: bool) -> dic
 
 
 def step_sizes(rule: Rule, state: State, chunks: Chunks, name: str, lr: Tensor) -> Tensor:
-    """One weight's steps from its gate, (B, H, N, n) or channel-wise, after algorithm and bound; 0 unwritten."""
+    """One weight's steps from its gate, (B, H, N, n) or channel-wise, after algorithm and bound; 0
+    unwritten."""
     algorithm = rule.algorithm
     lr = algorithm.step_size(lr, chunks.k)
     if chunks.write is not None:
@@ -128,10 +132,12 @@ def step_sizes(rule: Rule, state: State, chunks: Chunks, name: str, lr: Tensor) 
 
 
 def products(a: Tensor) -> tuple[Tensor, Tensor]:
-    """[t] = a_1 ... a_t and [t, i] = a_{i+1} ... a_t, 1 for i = t, 0 above: (..., n) to (..., n) and (..., n, n).
+    """[t] = a_1 ... a_t and [t, i] = a_{i+1} ... a_t, 1 for i = t, 0 above: (..., n) to (..., n)
+    and (..., n, n).
 
-    The first carries the initial state, the second the input of every token. Formed and differentiated by
-    multiplication alone, so that values and gradients are exact where a gate is 0 or 1.
+    The first carries the initial state, the second the input of every token. Formed and
+    differentiated by multiplication alone, so that values and gradients are exact where a gate is 0
+    or 1.
     """
     return _Products.apply(a)
 

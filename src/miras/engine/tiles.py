@@ -1,12 +1,14 @@
-"""Reads of a memory whose weights are a map of its accumulator: the A_t of all tokens, formed tile by tile.
+"""Reads of a memory whose weights are a map of its accumulator: A_t of all tokens is formed tile by
+tile.
 
     A_t = keep_t * A_{t-1} + keys_t d_t^T,   y_t = x_t link(A_t + base)
 
-A tile is some chunks of one head, small enough for a processor's cache. Everything about it happens there in place,
-in both directions; kept for the backward pass are the inputs alone.
+A tile is a few chunks of one head, small enough for a processor's cache. All computation on it
+happens in place, forward and backward; only the inputs are saved for the backward pass.
 
-Shapes: R rows and heads, N chunks of n tokens; x, keys (R, N, n, d_in), d (R, N, n, d_out), keep (R, N, n, d_in or 1,
-d_out or 1), A before each chunk (R, N, d_in, d_out), base (R, d_in, d_out) or none. In a tile R is missing.
+Shapes: R rows and heads, N chunks of n tokens; x, keys (R, N, n, d_in), d (R, N, n, d_out), keep
+(R, N, n, d_in or 1, d_out or 1), A before each chunk (R, N, d_in, d_out), base (R, d_in, d_out) or
+none. In a tile R is missing.
 """
 
 from collections.abc import Iterator
@@ -19,18 +21,18 @@ from miras.core.retention import LqNorm, Retention, Simplex
 from miras.engine.kernels import accumulate, recorded
 
 TILE_BYTES = 1 << 19
-"""About the size of a tile's A_t; there are up to three buffers as large."""
+"""About the size of a tile's A_t; there are up to three buffers of this size."""
 
 
 def read(
     retention: Retention, x: Tensor, keys: Tensor, d: Tensor, keep: Tensor, A: Tensor, base: Tensor | None
 ) -> Tensor:
-    """What every token reads, (R, N, n, d_out)."""
+    """The read of every token, (R, N, n, d_out)."""
     return _Read.apply(retention, x, keys, d, keep, A, *(() if base is None else (base,)))
 
 
 def _recording(retention: Retention, *inputs: Tensor) -> Tensor:
-    """The same of operations that can be differentiated any number of times."""
+    """The same with operations that can be differentiated any number of times."""
     x, keys, d, keep, A, *base = inputs
     A = accumulate(keep, keys[..., None] * d[..., None, :], A)
     return (x[..., None, :] @ retention.link(A + base[0][:, None, None] if base else A))[..., 0, :]
@@ -82,7 +84,8 @@ class _Read(torch.autograd.Function):
 
 
 def _tiles(A: Tensor, n: int, buffers: int) -> Iterator[tuple[int, slice, tuple[Tensor, ...]]]:
-    """Head and chunks of every tile, and as many buffers of its size (chunks, n, d_in, d_out)."""
+    """Head and chunks of every tile, and the given number of buffers of its size (chunks, n, d_in,
+    d_out)."""
     R, N, *shape = A.shape
     size = max(1, min(N, TILE_BYTES // (n * shape[0] * shape[1] * A.element_size())))
     room = A.new_empty(buffers, size, n, *shape)
@@ -106,11 +109,12 @@ def _row(x: Tensor, W: Tensor) -> Tensor:
 
 class _Map(Protocol):
     def read(self, Z: Tensor, spare: Tensor, x: Tensor) -> Tensor:
-        """x link(Z). Both buffers are lost."""
+        """x link(Z). Both buffers are overwritten."""
         ...
 
     def back(self, Z: Tensor, spare: Tensor, x: Tensor, g: Tensor, by_Z: Tensor) -> Tensor:
-        """The gradient by x, for g that of the read, and in by_Z the one by Z. spare is lost; it may be Z."""
+        """The gradient by x, given g, that of the read; the gradient by Z goes into by_Z. spare is
+        overwritten and may be Z."""
         ...
 
 
@@ -140,7 +144,8 @@ class _Any:
 
 
 class _Softmax:
-    """W = scale softmax(Z) over the inputs, never normalised: x W is (x E) / (1 E) with E = exp(Z - max)."""
+    """W = scale softmax(Z) over the inputs, never normalised: x W is (x E) / (1 E) with
+    E = exp(Z - max)."""
 
     def __init__(self, scale: float | None) -> None:
         self.scale = scale
@@ -171,9 +176,11 @@ class _Softmax:
 
 
 class _Norm:
-    """LqNorm's map: with u = Z / t, t the largest entry, s = u^2 + e^2 and P = sum s^(q/2), a constant t as there,
+    """LqNorm's map: with u = Z / t, t the largest entry, s = u^2 + e^2 and P = sum s^(q/2), a
+    constant t as there,
 
-    W = t P^(2/q - 1) V,   V = u s^(q/2 - 1),   dV/du = (q - 1) s^(q/2 - 1) - (q - 2) e^2 s^(q/2 - 2),   dP/du = q V
+    W = t P^(2/q - 1) V,   V = u s^(q/2 - 1),
+    dV/du = (q - 1) s^(q/2 - 1) - (q - 2) e^2 s^(q/2 - 2),   dP/du = q V
     """
 
     def __init__(self, q: float) -> None:
@@ -201,7 +208,8 @@ class _Norm:
 
     def _parts(self, Z: Tensor, u: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """t and e^2, (..., 1, 1), and in the buffers u and s."""
-        flat = Z.flatten(-2)  # both ends: several times as fast as aminmax, and no |Z| is made
+        # separate min and max: several times as fast as aminmax, and |Z| is not formed
+        flat = Z.flatten(-2)
         top = torch.maximum(flat.amax(-1), -flat.amin(-1)).clamp_min(1e-6)[..., None, None]
         e = (1e-6 / top).clamp_min(1e-7).square()
         torch.mul(Z, 1 / top, out=u)

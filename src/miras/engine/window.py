@@ -1,7 +1,8 @@
-"""An inner loss that looks back: each token's gradient is that of the last pairs of key and value, its own included.
+"""The loss window: each token's gradient is that of the last pairs of key and value, including its
+own.
 
-All are taken at the weights of the token's chunk, so the pairs before a chunk are asked again in it. What the tokens
-write is then the table of the dual form times a band.
+All losses are taken at the anchor of the token's chunk, so the pairs before a chunk are evaluated
+again in it. The coefficient matrix of the dual form is then multiplied by a band.
 
 Shapes: B rows, H heads, R = B * H, n tokens of a chunk, m = window - 1 pairs before it; D a width.
 """
@@ -20,8 +21,9 @@ from miras.engine.gradient import gates_of_bias
 class Window(NamedTuple):
     """A chunk's pairs with those before it.
 
-    k, v (R, m + n, D), gates of the bias (R, m + n) or (R, m + n, Dv), share (R, m + n, 1) each one's weight; band
-    (R or 1, n, m + n) which of them each token's gradient takes in; past: what the next chunk looks back on.
+    k, v (R, m + n, D), gates of the bias (R, m + n) or (R, m + n, Dv), share (R, m + n, 1) their
+    weights; band (R or 1, n, m + n) the pairs in each token's window; past: the pairs before the
+    next chunk.
     """
 
     k: Tensor
@@ -33,7 +35,7 @@ class Window(NamedTuple):
 
 
 def windowed(rule: Rule, state: State, chunks: Chunks, j: int) -> Window:
-    """The pairs of chunk j, for a state that holds those before it."""
+    """The pairs of chunk j, for a state that holds the previous ones."""
     size, n = rule.algorithm.window, chunks.q.shape[3]
     m, H = size - 1, chunks.q.shape[1]
     share, writes = chunks.gates["share", ""][:, :, j], written(chunks, j)
@@ -49,7 +51,7 @@ def windowed(rule: Rule, state: State, chunks: Chunks, j: int) -> Window:
     else:
         rank = there.cumsum(1) - 1
         count, first = there.sum(1, keepdim=True), there.long().argmax(1, keepdim=True)
-        last = count + torch.arange(m, device=share.device)  # of the pairs that exist, past ones first
+        last = count + torch.arange(m, device=share.device)  # among existing pairs, past ones first
         at = torch.where(last < m, last, last + first)
         past = {name: _picked(x, at) for name, x in both.items()}
     before = torch.arange(-m, 0, device=share.device).expand(len(rank), m)
@@ -64,7 +66,7 @@ def windowed(rule: Rule, state: State, chunks: Chunks, j: int) -> Window:
 
 
 def _like(x: Tensor, old: Tensor) -> Tensor:
-    """x with the axes of `old`: what a bias reads may be a number where channels are held."""
+    """x with the axes of `old`: a gate of the bias may be per token where channels are stored."""
     return x if x.dim() == old.dim() else x[..., None].expand(*x.shape, old.shape[-1])
 
 

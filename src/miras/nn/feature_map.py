@@ -1,4 +1,4 @@
-"""The last thing that happens to queries and keys before the memory: a feature map, which may change their width."""
+"""Feature maps of queries and keys, applied last before the memory; they may change the width."""
 
 import itertools
 import math
@@ -15,7 +15,8 @@ from miras.nn.norm import unit
 
 
 class FeatureMap(Typed, ABC):
-    """phi(q) and phi(k), which the memory has in place of q and k: a frozen dataclass that builds its module."""
+    """phi(q) and phi(k), which the memory gets instead of q and k: a frozen dataclass that builds
+    its module."""
 
     @abstractmethod
     def width(self, key_dim: int) -> int:
@@ -28,7 +29,7 @@ class FeatureMap(Typed, ABC):
 
 @dataclass(frozen=True)
 class Identity(FeatureMap):
-    """phi(x) = x: none."""
+    """phi(x) = x: no feature map."""
 
     def width(self, key_dim: int) -> int:
         return key_dim
@@ -39,12 +40,14 @@ class Identity(FeatureMap):
 
 @dataclass(frozen=True)
 class Polynomial(FeatureMap):
-    """Every monomial of x up to a degree (ATLAS, arXiv 2505.23735, 3.1): a linear memory holds O(Dk^degree) pairs.
+    """Every monomial of x up to a degree (ATLAS, arXiv 2505.23735, 3.1): a linear memory holds
+    O(Dk^degree) pairs.
 
         phi(x) . phi(y) = sum_i c_i^2 (x . y)^i / sum_i c_i^2,   i = 0, ..., degree
 
-    c_i, one for each head, is learned and 1 / i! at first. Each monomial is there once, (Dk + degree choose degree)
-    in all. What has length 1 keeps it, as step sizes and their bound expect. Raises ValueError for a degree below 1.
+    c_i, one per head, is learned and initially 1 / i!. Each monomial occurs once, (Dk + degree
+    choose degree) in all. Unit length is preserved, as step sizes and their bound expect. Raises
+    ValueError for a degree below 1.
     """
 
     degree: int = 2
@@ -92,8 +95,8 @@ class Monomials(Precise):
 def _tables(width: int, degree: int) -> dict[str, Tensor]:
     """What picks and weights monomials, which are ordered by degree and then by their channels.
 
-    degree (n,); orders (n,), in how many orders its channels can be multiplied; kept2, ... the places of each next
-    degree's monomials among the products of the one before with every channel.
+    degree (n,); orders (n,), in how many orders its channels can be multiplied; kept2, ... the
+    places of each next degree's monomials among the products of the one before with every channel.
     """
     channels = [list(itertools.combinations_with_replacement(range(width), i)) for i in range(degree + 1)]
     every = [each for part in channels for each in part]

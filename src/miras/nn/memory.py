@@ -41,9 +41,11 @@ from miras.nn.part import LARGEST, MixerConfig, Sizes, check_sizes
 
 @dataclass(frozen=True)
 class MemoryState(Record):
-    """A memory layer's state: the memory's own, and the tail of each convolution (B, conv_size - 1, width).
+    """A memory layer's state: the memory's own, and the tail of each convolution (B, conv_size - 1,
+    width).
 
-    position: with rotary features "next" (B,) int64, the place of the next token in its document; else empty.
+    position: with rotary features "next" (B,) int64, the position of the next token in its
+    document; else empty.
     """
 
     memory: State
@@ -66,13 +68,15 @@ DEFAULT_GATES: dict[str, Gate] = {
     "radius": Gate("softplus", bias=-2.25),
     "share": Gate(),
 }
-"""Stable (docs/stability.md): momentum below 0.9, `lr` times 0.1 of at most 0.25, little forgetting; Huber's
-threshold about 1 and the radius of the robust bias about 0.1 at first."""
+"""Stable gates (docs/stability.md): momentum below 0.9, `lr` at most 0.25 (times 0.1), little
+forgetting; Huber's threshold initially about 1 and the radius of the robust bias about 0.1."""
 
 
 def elu1(x: Tensor) -> Tensor:
-    """elu(x) + 1: positive, the feature map of linear attention (Katharopoulos et al. 2020, eq. 7)."""
-    if torch.compiler.is_compiling():  # whose elu has a gradient of other strides than it says
+    """elu(x) + 1: positive, the feature map of linear attention (Katharopoulos et al. 2020, eq.
+    7)."""
+    # because the gradient of its elu has other strides than it claims
+    if torch.compiler.is_compiling():
         return torch.where(x > 0, x, torch.expm1(x.clamp(max=0))) + 1
     return F.elu(x) + 1
 
@@ -87,13 +91,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "identity"
 
 @dataclass(frozen=True)
 class Features(Typed):
-    """How queries, keys and values are made from their projections, and the read from the memory's answer.
+    """How queries, keys and values are computed from their projections, and how the read is scaled.
 
-    activation of q and k, values that of v: "silu", "identity", "elu1" (elu + 1). normalize: q and k of length 1.
-    scaled: q times Dk^-1/2, Dk its width. rotary: q and k rotated by their place in the document (RetNet). keys:
-    "projected"; "forget", the channel-wise forget gate itself (HGRN2: k = 1 - keep); "query", the q of the same
-    token, the control that takes away what keys add. normalizer: a constant 1 is remembered beside v, and the read
-    divided by max(1, |what it became|) (mLSTM). Raises ValueError for an unknown choice.
+    activation of q and k, values: that of v: "silu", "identity", "elu1" (elu + 1). normalize: q and
+    k have unit length. scaled: q times Dk^-1/2, Dk its width. rotary: rotary positions of q and k
+    in the document (RetNet). keys: "projected"; "forget", the channel-wise forget gate itself
+    (HGRN2: k = 1 - keep); "query", the q of the same token, a control. normalizer: a constant 1 is
+    appended to v, and the read is divided by max(1, |its read|) (mLSTM). Raises ValueError for an
+    unknown choice.
     """
 
     activation: str = "silu"
@@ -117,7 +122,8 @@ class Features(Typed):
                 )
 
     def refusal(self, rule: Rule, gates: Mapping[str, Gate], key_dim: int) -> str | None:
-        """Why these features have no meaning for a memory with that rule, gates and keys of that width, or None."""
+        """Why these features are not supported for a memory with that rule, gates and key width, or
+        None."""
         if self.rotary and (reason := rotary_refusal(key_dim)):
             return reason
         if rule.algorithm.steps > 1 and (self.rotary or self.keys != "projected"):
@@ -138,11 +144,12 @@ RULE_PARTS = tuple(f.name for f in dataclasses.fields(Rule) if f.init)
 class MemoryConfig(MixerConfig):
     """A memory as a sequence layer: a `MemoryLayer`.
 
-    rule: its choices, whose fields (memory, bias, retention, algorithm, chunk_size, schedule) `changed` takes too;
-    gates: how its gates are made where that differs from `DEFAULT_GATES`, by name, or by name.weight for one weight
-    of the memory; conv_size: taps behind its projections, 0 for none; initial_scale: deviation of the initial memory
-    times sqrt(d_in); features: how queries, keys and values are made; key_dim, value_dim: the width of a head's keys
-    and of its values, that of the head if not given; feature_map: what q and k go through last, before the memory.
+    rule: its choices, whose fields (memory, bias, retention, algorithm, chunk_size, schedule)
+    `changed` accepts too; gates: gates that differ from `DEFAULT_GATES`, by name, or by name.weight
+    for one weight of the memory; conv_size: taps of the convolutions after the projections, 0 for
+    none; initial_scale: standard deviation of the initial memory times sqrt(d_in); features: how
+    queries, keys and values are computed; key_dim, value_dim: the widths of a head's keys and
+    values, by default that of the head; feature_map: applied to q and k last, before the memory.
     Raises ValueError for gates that the rule does not read.
     """
 
@@ -196,7 +203,8 @@ class MemoryConfig(MixerConfig):
         return key, value
 
     def held(self, sizes: Sizes) -> tuple[int, int]:
-        """The widths that the memory itself meets: the key's features, the value with the normalizer's constant."""
+        """The widths of the memory's inputs: the key after its feature map, the value with the
+        normalizer's constant."""
         key, value = self.widths(sizes)
         return self.feature_map.width(key), value + self.features.normalizer
 
@@ -220,10 +228,11 @@ class MemoryConfig(MixerConfig):
         return {*vars(self), *RULE_PARTS}
 
     def changed(self, values: Mapping[str, Any], like: Sequence[MixerConfig] = ()) -> Self:
-        """As of any mixer; `gates` change those that they name, and those that the new rule lacks are left out.
+        """As in any mixer; `gates` replace the named gates, and gates that the new rule does not
+        read are dropped.
 
-        An exact rule that corrects an error (chunk_size 1, L2) and is given chunks takes their step bound with them,
-        or one key repeated through a chunk would make it diverge; an `algorithm` of one's own is taken as it is.
+        An exact error-correcting rule (chunk_size 1, L2) that is given larger chunks also gets a
+        step bound, or a repeated key would make it diverge; a given `algorithm` is used unchanged.
         """
         rule = values.get("rule", self.rule)
         rule = dataclasses.replace(rule, **{n: values[n] for n in RULE_PARTS if n in values})
@@ -238,13 +247,13 @@ class MemoryConfig(MixerConfig):
         return dataclasses.replace(self, **own | {"rule": rule, "gates": gates})
 
     def reading_flops(self, sizes: Sizes) -> int:
-        """Those of a `MemoryReader`.
+        """FLOPs of a `MemoryReader`.
 
-        A memory's weight (d_in, d_out) is passed at the key, backwards from its output unless it is the first, at
-        the query for A and S, and twice by the update; in a chunk of C tokens every token meets C others on average
-        in two more products (C d_in and C d_out). Where a map, or gates by channel with momentum, have the weights
-        formed for every token, it is passed at the key, backwards and at the query, and once by the rank-one update.
-        All that is times the steps of a token.
+        Each weight (d_in, d_out) is multiplied with the key, backward unless it is the first, with
+        the query for A and S, and twice in the update; in a chunk of C tokens two more products (C
+        d_in and C d_out) relate each token to the others. If a map, or gates by channel with
+        momentum, require weights per token, it is multiplied with the key, backward, with the
+        query, and once in the rank-one update. All of this is times the steps per token.
         """
         D, H, rule = sizes.hidden_size, sizes.num_heads, self.rule
         (d_key, d_value), held = self.widths(sizes), self.held(sizes)
@@ -268,7 +277,7 @@ class MemoryConfig(MixerConfig):
 
 
 def memories_in(mixer: MixerConfig) -> list[MemoryConfig]:
-    """The memories that a mixer has, in the order of its fields."""
+    """The memories of a mixer, in the order of its fields."""
     return [part for part in mixer.walk() if isinstance(part, MemoryConfig)]
 
 
@@ -285,7 +294,8 @@ class InitialMemory(Precise):
         return ", ".join(f"{name} {tuple(a.shape)}" for name, a in self.named_parameters())
 
     def reset_parameters(self, retention: Retention) -> None:
-        """As the retention begins with weights of deviation scale / sqrt(d_in); 0 for vectors, which are added."""
+        """The retention's initial accumulators for weights with standard deviation
+        scale / sqrt(d_in); 0 for additive vectors."""
         for a in self.parameters():
             vector = a.shape[1] == 1 and a.shape[2] > 1
             if not self.scale or vector:
@@ -300,7 +310,7 @@ class InitialMemory(Precise):
 
 
 class OuterParameters(Precise):
-    """What only the outer loop learns of a memory, {name: (H, width)}, in fp32; empty for most memories."""
+    """A memory's outer parameters, {name: (H, width)}, in fp32; empty for most memories."""
 
     def __init__(self, memory: Memory, num_heads: int, d_key: int, d_value: int) -> None:
         super().__init__()
@@ -315,10 +325,11 @@ class OuterParameters(Precise):
 
 
 class MemoryReader(Mixer):
-    """From x (B, T, hidden) to what the memory answers, (B, T, H * Dv): papers 1.4 up to the read.
+    """From x (B, T, hidden) to the memory's reads, (B, T, H * Dv).
 
-    q, k: linear, convolution, SiLU, l2 norm; v: linear, convolution, SiLU, unless `features` say otherwise; gates:
-    linear and link. With several steps per token k and v have that many parts. The scan runs in fp32 whatever x is.
+    q, k: linear, convolution, SiLU, l2 norm; v: linear, convolution, SiLU, unless `features` say
+    otherwise; gates: linear and link. With several steps per token k and v have that many parts.
+    The scan runs in fp32 for any dtype of x.
     """
 
     def __init__(self, sizes: Sizes, config: MemoryConfig) -> None:
@@ -414,7 +425,8 @@ class MemoryReader(Mixer):
         return weights(self.rule, state.A, base_of(self.rule, self.A0(len(state.phase))))
 
     def recall(self, asked: Tensor, anchor: Tree, position: Tree, plan: Plan) -> Tensor:
-        """What a memory with this anchor answers to queries (B, T, H * Dk), (B, T, H * Dv); nothing is written."""
+        """Reads of a memory with this anchor for queries (B, T, H * Dk), (B, T, H * Dv), without
+        writing."""
         q = asked.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).to(self.gates.dtype())
         with without_autocast(asked):
             q = self._scaled(self._sized(q))
@@ -449,7 +461,8 @@ class MemoryReader(Mixer):
 
 
 def places(start: Tensor, plan: Plan, T: int) -> tuple[Tensor, Tree]:
-    """Each token's place in its document, (B, T) int64, and {"next": the place after the last one}."""
+    """Each token's position in its document, (B, T) int64, and {"next": the position after the last
+    one}."""
     if T == 0:
         return start[:, None].expand(-1, 0), {"next": start}
     step = torch.arange(T, device=start.device)
@@ -464,7 +477,7 @@ def places(start: Tensor, plan: Plan, T: int) -> tuple[Tensor, Tree]:
 
 
 class MemoryOptions(TypedDict, total=False):
-    """The fields of a `MemoryConfig` beside its rule."""
+    """The fields of a `MemoryConfig` except its rule."""
 
     gates: Mapping[str, Gate]
     conv_size: int
@@ -478,8 +491,9 @@ class MemoryOptions(TypedDict, total=False):
 class MemoryLayer(Mixer):
     """A memory as a drop-in sequence layer (Titans' LMM): out(norm(read) * silu(gate(x))).
 
-    hidden_size, num_heads; `rule` its choices; `head_dim` the width of a head (default hidden_size / num_heads);
-    `rope_theta` the base of rotary positions where `features` have them; all others as those of `MemoryConfig`.
+    hidden_size, num_heads; `rule`: its choices; `head_dim`: the width of a head (default
+    hidden_size / num_heads); `rope_theta`: the base of rotary positions if `features` use them; all
+    others as in `MemoryConfig`.
     """
 
     def __init__(

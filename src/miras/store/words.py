@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ ", perhaps you meant 'this'", or nothing: the known word that a wrong one is nearest to, whatever its case."""
+    """A suggestion, ", perhaps you meant 'x'", with the nearest known word; "" if none is near."""
     words = {_plain(word): word for word in known}
     plain = _plain(name)
     parts = [word for word in words if plain in word.split("-")]
