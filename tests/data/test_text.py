@@ -245,7 +245,7 @@ def test_a_tar_that_is_cut_between_two_members_is_damaged(tmp_path: Path):
         with pytest.raises(ValueError, match=r"a\.tar' is damaged"):
             read(path)
     path.write_bytes(whole[:1536] + bytes(512) + whole[2048:])  # a sector that reads as zeros
-    with pytest.raises(ValueError, match="there is more behind byte 1,536"):
+    with pytest.raises(ValueError, match="there is more data after byte 1,536"):
         read(path)
     path.write_bytes(whole[: end + 512])  # one block of zeros is an end, as tar has it
     assert len(read(path)) == 4

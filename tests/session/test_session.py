@@ -97,7 +97,7 @@ def test_surprise_is_what_observe_sees(session: Session, text: bytes):
         for layer, values in fed.surprise(kind).items():
             assert values.shape == (2, 60)
             assert torch.equal(values, seen[layer][kind][0]) and values.std() > 0
-    with pytest.raises(ValueError, match=r"layers\.0 has no 'predictive'; what was watched there is"):
+    with pytest.raises(ValueError, match=r"layers\.0 has no 'predictive'; observed were"):
         fed.surprise("predictive")
     with pytest.raises(ValueError, match="observe=True"):
         session.feed(text[60:70]).surprise()

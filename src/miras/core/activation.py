@@ -80,7 +80,7 @@ def save_lean(ctx: Any, lean: Sequence[Tensor], others: Sequence[Tensor]) -> Non
 
 
 def saved_lean(ctx: Any) -> list[Tensor]:
-    """What `save_lean` was given: `lean`, then `others`."""
+    """The tensors given to `save_lean`: `lean`, then `others`."""
     kept = iter(ctx.saved_tensors)
     lean = [(by, list(islice(kept, n))) for by, n in ctx.notes]
     return [parts[0] if by is None else by(*parts) for by, parts in lean] + list(kept)

@@ -35,8 +35,7 @@ class Bias(Typed, ABC):
 
     @property
     def channelwise(self) -> tuple[str, ...]:
-        """Those of `gates` that may also be given per channel, (..., d_value) like the
-        prediction."""
+        """The gates that may also be given per channel, (..., d_value) like the prediction."""
         return ()
 
     def refusal(self, rule: Any) -> str | None:
@@ -58,8 +57,7 @@ class L2(Bias):
 
 @dataclass(frozen=True)
 class Dot(Bias):
-    """Similarity, -<pred, target>: Hebbian writing, as in linear attention and RetNet (MIRAS
-    4.5)."""
+    """Similarity, -<pred, target>: Hebbian, as in linear attention and RetNet (MIRAS 4.5)."""
 
     def loss(self, pred: Tensor, target: Tensor, gates: Tree) -> Tensor:
         return -(pred * target).sum(-1)

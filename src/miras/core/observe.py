@@ -83,7 +83,7 @@ _open: ContextVar[Observation | None] = ContextVar("observation", default=None)
 
 
 def observing() -> Observation | None:
-    """The observation that is open here, if any."""
+    """The currently open observation, if any."""
     return _open.get()
 
 
@@ -112,7 +112,6 @@ class Watch(NamedTuple):
 
 
 def watching(layer: str) -> Watch | None:
-    """The observation that is open here, for a layer of that name; a compiled call is not
-    watched."""
+    """The open observation, for a layer of that name; compiled calls are not observed."""
     seen = None if torch.compiler.is_compiling() else observing()
     return None if seen is None else Watch(seen, layer)

@@ -347,7 +347,7 @@ def beside(gate: Tensor) -> Tensor:
 
 
 def bias_gates(rule: Rule, gates: Gates) -> Tree:
-    """What the bias reads: per token (B, H, T), or channel-wise (B, H, T, d_value)."""
+    """The bias's gates: per token (B, H, T), or channel-wise (B, H, T, d_value)."""
     found = {n: gates[n, ""] for n in rule.bias.gates}
     return {n: g.squeeze(-2) if g.dim() == 5 else g for n, g in found.items()}
 

@@ -297,7 +297,7 @@ def _check_end(plain: IO[bytes], at: int) -> None:
         )
     while block := plain.read(1 << 20):
         if block.count(0) != len(block):
-            raise tarfile.ReadError(f"there is more behind byte {at:,}, where it says that it ends")
+            raise tarfile.ReadError(f"there is more data after byte {at:,}, where it says that it ends")
 
 
 def _open_tar_stream(path: Path) -> IO[bytes]:

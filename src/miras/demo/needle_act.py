@@ -161,7 +161,7 @@ def shipped_rows() -> list[dict[str, Any]]:
 
 
 def other_texts(rows: list[dict[str, Any]]) -> list[Haystack]:
-    """Needles found in each kind of text, at each length that was measured in another text than the
+    """Needles found in each kind of text, at each measured length, for texts other than the
     act's."""
     lengths = {r["length"] for r in rows if r["filler"] != "noise"}
     share = {(r["filler"], r["length"], r["model"]): 100 * r["accuracy"] for r in rows}
@@ -175,7 +175,7 @@ def other_texts(rows: list[dict[str, Any]]) -> list[Haystack]:
 
 
 def shipped_accuracy(rows: list[dict[str, Any]]) -> list[Curve]:
-    """Needles found over context length in percent, as it was measured for the shipped models."""
+    """Needles found over context length in percent, measured for the shipped models."""
     curves: list[Curve] = []
     for role, name in (("memory", "with memory"), ("twin", "attention only")):
         own = [r for r in rows if r["model"] == role and r["filler"] == "noise"]

@@ -1,4 +1,4 @@
-"""What the page of a demo shows, and the page: one self-contained HTML file."""
+"""The demo's page, one self-contained HTML file, and its contents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -48,11 +48,10 @@ class Haystack:
 class NeedleAct:
     """Act one: a needle read early in `bytes_read` bytes and asked for at the end.
 
-    `haystack` is what the text around it is made of, `retrained` whether the models were trained in
-    this run. Shipped figures: `accuracy` over context length, measured by `command`, and `others`,
-    the needles found in other texts. The other curves run over tokens read: process memory in MB,
-    mean write rate, and the norm of the memory; for the last two one piece in `watched_of` was
-    watched.
+    `haystack` describes the text around it, `retrained` is whether the models were trained in this
+    run. Shipped figures: `accuracy` over context length, measured by `command`, and `others`, the
+    needles found in other texts. The other curves are over tokens read: process memory in MB, mean
+    write rate, and the norm of the memory; for the last two one piece in `watched_of` was observed.
     """
 
     needle: str
@@ -94,13 +93,12 @@ class NeedleAct:
 
     @property
     def peak_memory_mb(self) -> float:
-        """Most memory that the process held while it read."""
+        """Peak memory of the process while reading."""
         return max(self.process_memory.y)
 
     @property
     def marked(self) -> list[tuple[str, str]]:
-        """The needle in parts (text, kind): its key and its value, where they occur, have a
-        kind."""
+        """The needle in parts (text, kind); its key and its value have a kind."""
         starts = sorted((self.needle.find(word), word, kind) for word, kind in self._words if word)
         parts, end = [], 0
         for start, word, kind in starts:
@@ -134,7 +132,7 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class SavedMemory:
-    """A memory written to `file`, and the largest difference of `compared` after a fresh process
+    """A memory saved to `file`, and the largest difference of `compared` after a fresh process
     loaded it."""
 
     file: str
@@ -145,7 +143,7 @@ class SavedMemory:
 
 @dataclass(frozen=True)
 class LearningAct:
-    """Act two: training loss over `loss_x`, bits per byte along a held-out book, a written text,
+    """Act two: training loss over `loss_x`, bits per byte along a held-out book, a generated text,
     the saved memory."""
 
     loss: list[Curve]
@@ -160,7 +158,7 @@ class LearningAct:
 
 @dataclass(frozen=True)
 class SurpriseAct:
-    """Act three: a page that was read, and where it is from."""
+    """Act three: a page that was read, and its source."""
 
     watched: Watched
     source: str
@@ -190,7 +188,7 @@ def write_report(path: Path, report: DemoReport) -> Path:
 
 
 def render_report(report: DemoReport) -> str:
-    """The page as HTML text that needs no other file and makes no request."""
+    """The page as self-contained HTML text."""
     watched = report.surprise.watched
     stripes, every = heat(watched.bits, STRIPES)
     averages = [average.bits_per_byte for average in report.learning.averages]

@@ -200,7 +200,7 @@ def fair_reading(curves: list[StreamCurve]) -> list[str]:
         "time it would have seen more.",
         "A frozen memory is something this model never met in training: it shows that the model depends on its "
         "memory, not what the memory is worth.",
-        "Resetting also begins attention and convolutions anew, every 2,048 bytes.",
+        "Resetting also restarts attention and convolutions, every 2,048 bytes.",
     ]
 
 

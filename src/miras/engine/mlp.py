@@ -2,14 +2,14 @@
 
 Through x_1 = k, h_i = x_i W_i, x_{i+1} = gelu(h_i) and e = [k +] norm(h_L) - v the gradient of W_i
 at token t is the rank-one x_i d_i^T with d_L = norm'(h_L) e and d_i = gelu'(h_i) * (d_{i+1}
-W_{i+1}^T), as in `factors`; tables of gates are those of `dual`. Only gradients and updates go
-chunk by chunk. Reads, whose states are known by then, and all that depends on activations alone are
-done for a group of chunks at once. The backward pass keeps the states at the groups' starts and
-forms the others again.
+W_{i+1}^T), as in `factors`; coefficients are those of `dual`. Only gradients and updates run chunk
+by chunk. Reads, whose states are known by then, and everything that depends on activations only are
+computed for a group of chunks at once. The backward pass keeps the states at the groups' starts and
+recomputes the others.
 
-Of a weight its parts lie side by side as Z (R, p, s, l): A, with momentum S, and where A is the
-difference from an initial accumulator that one, s the narrower side and l the wider one. A read
-is x Z with x once for every part, each times its share.
+The parts of a weight are stored together as Z (R, p, s, l): A, with momentum S, and the initial
+accumulator if A is the difference from it; s is the narrower side and l the wider one. A read
+is x Z with x repeated for every part, each multiplied by its share.
 
 Shapes: R = B * H rows and heads, N chunks of n tokens, L the depth, m chunks of a group, c parts
 that are written.
@@ -40,13 +40,13 @@ GROUP = 256
 
 
 class Form(NamedTuple):
-    """What the function knows beside numbers.
+    """The static arguments of the function.
 
-    tall: which weights have more rows than columns, and lie transposed. tables: which of the tables
-    each weight has. starts, per chunk, (R,) rows that begin a document there, or None; opens, per
-    chunk, (R,) rows that it leaves open, or None where all complete it. apart: whether the anchor
-    differs from A at first; base: whether the last part is what A counts from; group: chunks that
-    are read at once.
+    tall: which weights have more rows than columns, and are stored transposed. tables: the index of
+    each weight's tables. starts, per chunk, (R,) rows that begin a document there, or None; opens,
+    per chunk, (R,) rows that leave it open, or None if all complete it. apart: whether the anchor
+    initially differs from A; base: whether the last part is the accumulator that A is relative to;
+    group: number of chunks read at once.
     """
 
     residual: bool
@@ -62,8 +62,8 @@ class Form(NamedTuple):
 
 
 class Table(NamedTuple):
-    """table (N, R, n, n) and share (N, R, n, p) of the reads; late (N, R, n, c) what each token
-    adds to the parts behind the chunk; move (N, R, c, c) what the parts before it add."""
+    """table (N, R, n, n) and share (N, R, n, p) of the reads; late (N, R, n, c) the contribution of
+    each token to the parts after the chunk; move (N, R, c, c) that of the parts before it."""
 
     table: Tensor
     share: Tensor
@@ -72,8 +72,8 @@ class Table(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """q, k, v (N, R, n, D), and for every weight its parts Z (R, p, s, l), the anchor (R, s, l)
-    where it is apart from A, and the parts (R, c, s, l) that a document begins with."""
+    """q, k, v (N, R, n, D), and for every weight its parts Z (R, p, s, l), the anchor (R, s, l) if
+    it differs from A, and the parts (R, c, s, l) at the start of a document."""
 
     q: Tensor
     k: Tensor
@@ -116,14 +116,14 @@ def run(
         tables=tuple(next(i for i, c in enumerate(tables) if c is of_weight[name]) for name in names),
         starts=tuple(begin),
         opens=tuple(None if end is None else rows(end != 0) for end in chunks.ends),
-        # In a later group of chunks a row may have ended before, with its last chunk open.
+        # In a later group a row may already have ended, with its last chunk open.
         apart=chunks.open or any(end is not None for end in chunks.ends),
         base=bool(base),
         group=max(1, GROUP // n),
     )
 
     def laid(*trees: Tree) -> list[Tensor]:
-        """Of every weight its parts side by side."""
+        """The parts of every weight, stored together."""
         parts = ([x[name].reshape(R, *x[name].shape[-2:]) for x in trees if x] for name in names)
         return [
             torch.stack([x.mT if tall else x for x in of], 1)
@@ -151,8 +151,8 @@ def run(
 
 
 def scanned(form: Form, given: Inputs) -> list[Tensor]:
-    """y (N, R, n, Dv), the parts behind the last chunk, and the anchor where some row leaves that
-    chunk open."""
+    """y (N, R, n, Dv), the parts after the last chunk, and the anchor if some row leaves that chunk
+    open."""
     flat = given.flat()
     if torch.is_grad_enabled() and any(x.requires_grad for x in flat):
         return list(_Scan.apply(form, *flat))
@@ -195,8 +195,8 @@ def _table(c: Coefficients, read: str, base: bool) -> Table:
 
 
 def _places(rule: Rule, state: State, fresh: State | None, chunks: Chunks) -> State:
-    """Where the rows are behind the last chunk, and what the step bound remembers: a state without
-    weights."""
+    """The state after the last chunk without weights: phase, and the keys and steps for the step
+    bound."""
     bare = lambda x: replace(x, A={}, S={}, anchor={})  # noqa: E731
     state, fresh = bare(state), fresh and bare(fresh)
     closed = close_chunk(rule, state)
@@ -209,15 +209,14 @@ def _places(rule: Rule, state: State, fresh: State | None, chunks: Chunks) -> St
 
 
 class _Kept(dict[tuple[int, str], list[Tensor]]):
-    """What the forward pass leaves to the backward pass, by the number of a group's first chunk and
-    a name.
+    """Tensors saved for the backward pass, by the number of a group's first chunk and a name.
 
     start: the parts at the group's start; h, u, d, stats: of `_gradients`; r, side, ends: of
-    `_reads`; and by the number of a chunk its anchor, where that is apart.
+    `_reads`; and by the number of a chunk its anchor, if it differs from A.
     """
 
     def flat(self) -> tuple[list[tuple[tuple[int, str], int]], list[Tensor]]:
-        """How many tensors each name has, and all of them."""
+        """The number of tensors of each name, and all tensors."""
         return [(name, len(x)) for name, x in self.items()], [x for each in self.values() for x in each]
 
     @classmethod
@@ -262,17 +261,18 @@ def _forward(form: Form, given: Inputs, kept: _Kept | None) -> list[Tensor]:
 
 
 def _room(form: Form, N: int, Z: list[Tensor]) -> list[Tensor]:
-    """Room for every weight's parts at the starts of a group's chunks and behind it; the first one
-    is filled."""
+    """Buffers for every weight's parts at the starts of a group's chunks and after it; the first is
+    filled."""
     room = [z.new_empty(min(form.group, N) + 1, *z.shape) for z in Z]
     for each, z in zip(room, Z, strict=True):
-        each[:, :, -1] = z[:, -1]  # what A counts from stays, where it is there
+        each[:, :, -1] = z[:, -1]  # the accumulator that A is relative to does not change
         each[0] = z
     return room
 
 
 def _chunks(room: list[Tensor], a: int, m: int) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-    """Of the m chunks from a on: its number, the parts before it and room for those behind it."""
+    """For each of the m chunks from a on: its number, the parts before it and the buffer for those
+    after it."""
     steps = [list(each) for each in zip(*(z.unbind(0) for z in room), strict=True)]
     return zip(range(a, a + m), steps[:m], steps[1 : m + 1], strict=True)
 
@@ -280,8 +280,8 @@ def _chunks(room: list[Tensor], a: int, m: int) -> Iterator[tuple[int, list[Tens
 def _restarted(
     start: Tensor | None, fresh: list[Tensor], Z: list[Tensor], held: list[Tensor] | None
 ) -> list[Tensor] | None:
-    """The anchors, where they are apart, with the rows that begin a document back at `fresh`; the
-    parts in place."""
+    """The anchors, if they differ from A, reset to `fresh` in rows that begin a document; the parts
+    in place."""
     if start is None:
         return held
     for z, f in zip(Z, fresh, strict=True):
@@ -300,7 +300,7 @@ def _anchors(form: Form, Z: list[Tensor], held: list[Tensor] | None) -> list[Ten
 def _left(
     opened: Tensor | None, old: list[Tensor], new: list[Tensor], held: list[Tensor] | None
 ) -> list[Tensor] | None:
-    """The anchors behind a chunk: where some row leaves it open they are apart from A."""
+    """The anchors after a chunk: they differ from A if some row leaves it open."""
     if opened is None:
         return None
     before = [z[:, 0] for z in old] if held is None else held
@@ -336,7 +336,7 @@ def _advance(
     xs: Sequence[Tensor],
     ds: Sequence[Tensor],
 ) -> None:
-    """The parts behind chunk j."""
+    """The parts after chunk j."""
     for a, b, tall, i, x, d in zip(old, new, form.tall, form.tables, xs, ds, strict=True):
         late, move = tables[i].late[j], tables[i].move[j]
         c = move.shape[-1]
@@ -427,7 +427,7 @@ def _backward(form: Form, given: Inputs, kept: _Kept, *grads: Tensor) -> Inputs:
 
 
 def _left_back(opened: Tensor | None, by_Z: list[Tensor], by_held: list[Tensor]) -> list[Tensor]:
-    """Back through `_left`: the anchors behind a chunk are A in the rows that complete it."""
+    """Backward through `_left`: the anchors after a chunk are A in the rows that complete it."""
     for z, b in zip(by_Z, by_held, strict=False):
         z[:, 0] += b if opened is None else b.masked_fill(opened[:, None, None], 0)
     return [] if opened is None else [b.masked_fill(~opened[:, None, None], 0) for b in by_held]
@@ -436,7 +436,7 @@ def _left_back(opened: Tensor | None, by_Z: list[Tensor], by_held: list[Tensor])
 def _restarted_back(
     start: Tensor | None, by_fresh: list[Tensor], by_Z: list[Tensor], by_held: list[Tensor]
 ) -> list[Tensor]:
-    """Back through `_restarted`."""
+    """Backward through `_restarted`."""
     if start is None:
         return by_held
     rows = start[:, None, None]
@@ -461,8 +461,8 @@ def _reads_back(
     ds: list[Tensor],
     Z: list[Tensor],
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Back through `_reads` of a group: the gradients of q, of every x_i and d_i, and those of the
-    parts as the products of a near and a far side."""
+    """Backward through `_reads` of a group: the gradients of q, of every x_i and d_i, and those of
+    the parts as products of a near and a far side."""
     flat = lambda x: x.flatten(0, 1)  # noqa: E731
     whole = lambda x: x.unflatten(0, (len(q), -1))  # noqa: E731
     rs, sides = group["r"], list(group["side"])
@@ -514,8 +514,8 @@ def _advance_back(
     by_x: list[Tensor],
     by_d: list[Tensor],
 ) -> None:
-    """Back through `_advance`, in place: by_Z is of the parts behind the chunk, then of those
-    before it."""
+    """Backward through `_advance`, in place: by_Z is the gradient of the parts after the chunk,
+    then of those before it."""
     for z, by, tall, i, x, d, gx, gd in zip(Z, by_Z, form.tall, form.tables, xs, ds, by_x, by_d, strict=True):
         late, move, into = tables[i].late[j], tables[i].move[j], by_tables[i]
         c = move.shape[-1]
@@ -543,8 +543,8 @@ def _gradients_back(
     by_x: list[Tensor],
     by_d: list[Tensor],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Back through `_gradients`: the gradients of k, v and the weights; by_x and by_d are added to
-    in place.
+    """Backward through `_gradients`: the gradients of k, v and the weights; by_x and by_d are added
+    to in place.
 
     activations: gelu'(h_i), gelu''(h_i) u_i, h_L, and its mean and scale.
     """
@@ -577,7 +577,7 @@ def _gradients_back(
 
 
 def _recorded(form: Form, *flat: Tensor) -> tuple[Tensor, ...]:
-    """The scan of operations that can be differentiated any number of times."""
+    """The scan with operations that can be differentiated any number of times."""
     q, k, v, tables, Z, anchor, fresh = Inputs.of(form, flat)
     held, y = anchor or None, list[Tensor]()
     for j in range(len(q)):
@@ -609,12 +609,12 @@ def _recorded(form: Form, *flat: Tensor) -> tuple[Tensor, ...]:
 
 
 def _own(move: Tensor) -> Tensor:
-    """What each part keeps of itself, (R, c, c) to (R, c, 1, 1)."""
+    """The factor with which each part is kept, (R, c, c) to (R, c, 1, 1)."""
     return move.diagonal(dim1=-2, dim2=-1)[..., None, None]
 
 
 def _times(x: Tensor, W: Tensor, tall: bool) -> Tensor:
-    """x W, of a weight that lies transposed where it is tall."""
+    """x W, for a weight that is stored transposed if it is tall."""
     return torch.bmm(x, W.mT if tall else W)
 
 
@@ -624,7 +624,7 @@ def _against(x: Tensor, W: Tensor, tall: bool) -> Tensor:
 
 
 def _beside(x: Tensor, share: Tensor) -> Tensor:
-    """x (..., d) once for every part, times its share (..., p): (..., p d)."""
+    """x (..., d) repeated for every part, times its share (..., p): (..., p d)."""
     return (x.unsqueeze(-2) * share.unsqueeze(-1)).flatten(-2)
 
 

@@ -155,10 +155,10 @@ def equations(rule: Rule) -> list[str]:
     if rule.schedule.gathers:
         before = "S_{t-1} "
         moved = moved.replace("(1 - forget_t)", "(prod_j (1 - forget_j))")
-        moved += f" behind every {rule.chunk_size} tokens, then S_t = 0; else A_t = A_{{t-1}}"
+        moved += f" after every {rule.chunk_size} tokens, then S_t = 0; else A_t = A_{{t-1}}"
     linked = FORMULAS.get(type(retention), lambda _: "link(A_t)")(retention)
     steps = [
-        f"all this {algorithm.steps} times per token, with keys and values of its own; the last step is read"
+        f"all this {algorithm.steps} times per token, with different keys and values; read after the last step"
     ]
     loss = "bias(M(k_t; W), v_t)"
     if algorithm.window > 1:

@@ -1,4 +1,4 @@
-"""The models: the layers of `miras.LM` behind the calls of `transformers`. B rows, T tokens."""
+"""The models: the layers of `miras.LM` with the interface of `transformers`. B rows, T tokens."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ def _full_precision() -> Generator[torch.dtype, None, None]:
 
 
 class MirasPreTrainedModel(PreTrainedModel):
-    """What the models share: how they are made, loaded and saved."""
+    """Shared by the models: construction, loading and saving."""
 
     config_class = MirasConfig
     config: MirasConfig

@@ -93,10 +93,11 @@ class Monomials(Precise):
 
 
 def _tables(width: int, degree: int) -> dict[str, Tensor]:
-    """What picks and weights monomials, which are ordered by degree and then by their channels.
+    """Index and weight tables of monomials, ordered by degree and then by their channels.
 
-    degree (n,); orders (n,), in how many orders its channels can be multiplied; kept2, ... the
-    places of each next degree's monomials among the products of the one before with every channel.
+    degree (n,); orders (n,), the number of orders in which its channels can be multiplied; kept2,
+    ...: the positions of each degree's monomials among the products of the previous degree's with
+    every channel.
     """
     channels = [list(itertools.combinations_with_replacement(range(width), i)) for i in range(degree + 1)]
     every = [each for part in channels for each in part]

@@ -16,7 +16,7 @@ class ReportOptions:
     """
 
     kind: Positional[Literal["surprise"]]
-    """What to show."""
+    """The report to write."""
     model: Positional[Path]
     """A model folder."""
     file: Positional[str]

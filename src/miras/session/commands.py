@@ -249,8 +249,8 @@ def recall(options: RecallOptions) -> int:
     console.print(
         table,
         "nats per token on each episode's first tokens, read without writing: with the memory now, right after it "
-        "was read, fresh, and fresh but for as much of another text (pages of the embedded novel); left is another "
-        "text less now, what the memory holds of this text rather than of any English",
+        "was read, fresh, and after as much of another text (pages of the embedded novel); left is another "
+        "text minus now: what the memory holds of this text beyond any English text",
         sep="\n",
     )
     return 0

@@ -105,12 +105,12 @@ def outer_distance(before: LM, after: LM) -> float:
 class Recalled:
     """What is left of an episode: mean losses in nats on its kept tokens, read without writing.
 
-    now: with the memory as it is; after: as it was right after reading it (measured then, with the
-    weights of then); fresh: with one that never read anything; other: the control, with one that
-    has read as much as the session of another text instead (pages of the embedded novel that the
-    episode is not from, at most `CONTROL` tokens); base: fresh and with the base model's weights,
-    where weights have learned.
-    What attention has in its window goes with the memory. None where nothing was measured.
+    now: with the current memory; after: with the memory right after reading it (measured then, with
+    the weights of then); fresh: with a memory that has read nothing; other: the control, with a
+    memory that has read as much of another text (pages of the embedded novel that the episode is
+    not from, at most `CONTROL` tokens); base: fresh, with the base model's weights, if weights have
+    learned.
+    Attention windows are part of the state. None if nothing was measured.
     """
 
     name: str

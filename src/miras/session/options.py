@@ -72,7 +72,7 @@ class ChatOptions(ModelOptions):
     session: Positional[Path]
     """A session's file."""
     tokens: int = 200
-    """Tokens of each answer."""
+    """Number of tokens of each answer."""
     temperature: float = 1.0
     """Sampling temperature; 0 always takes the most likely token."""
     top_p: float = 1.0
@@ -148,8 +148,9 @@ class DiffOptions(ModelOptions):
 class RecallOptions(ModelOptions):
     """Show how much is left of each episode of a session.
 
-    That is the loss on its kept tokens, read without writing, with the memory as it is now, as it
-    was right after reading them, with a fresh one, and with one that has read another text instead.
+    This is the loss on its kept tokens, read without writing: with the current memory, with the
+    memory right after reading them, with a fresh memory, and with one that has read another text
+    instead.
     """
 
     session: Positional[Path]
@@ -163,7 +164,7 @@ class FindOptions:
     """Show the sessions in a folder."""
 
     folder: Positional[Path] = Path()
-    """Where to look for files that end in .miras."""
+    """The folder with files that end in .miras."""
     json: bool = False
     """Print JSON instead of a table."""
 

@@ -1,5 +1,4 @@
-"""A memory that goes on: what it is fed it learns, and it can be forked, rewound, saved and
-asked."""
+"""A session: a stream whose memory learns what it is fed; it can be forked, rewound and saved."""
 
 import copy
 import html
@@ -32,11 +31,11 @@ from miras.stream.generation import generate as generation
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Fed:
-    """What feeding T tokens brought.
+    """The result of feeding T tokens.
 
-    tokens (T,); losses (T,): predictive surprise, the loss in nats that each token had before it
-    was read (NaN for a new session's first one, which nothing predicted); seen: what the memories
-    did, where it was asked for.
+    tokens (T,); losses (T,): predictive surprise, the loss in nats of each token before it was read
+    (NaN for the first token of a new session, which nothing predicts); seen: the observation, if
+    requested.
     """
 
     tokens: Ids
@@ -54,32 +53,32 @@ class Fed:
 
     @property
     def loss(self) -> float | None:
-        """Mean loss in nats per token; None when no token was predicted."""
+        """Mean loss in nats per token; None if no token was predicted."""
         return mean(self.losses)
 
     def surprise(self, kind: str = "momentary") -> dict[str, Tensor]:
         """{layer: (heads, T)}: "momentary" |grad_t|, "accumulated" |S_t|, or another name that
         `observe` knows.
 
-        Raises ValueError when it was not observed.
+        Raises ValueError if it was not observed.
         """
         if self.seen is None:
-            raise ValueError("what the memories did was not watched: feed with observe=True")
+            raise ValueError("the memories were not observed: feed with observe=True")
         watched = {layer: self.seen[layer] for layer in self.seen.layers()}
         if wrong := [layer for layer, values in watched.items() if kind not in values]:
             known = ", ".join(watched[wrong[0]])
-            raise ValueError(f"{wrong[0]} has no {kind!r}; what was watched there is {known}")
+            raise ValueError(f"{wrong[0]} has no {kind!r}; observed were {known}")
         return {layer: values[kind][0] for layer, values in watched.items()}
 
 
 class Session:
-    """One stream through a model, with a past: fed in episodes, marked, forked, rewound, saved and
-    loaded.
+    """One stream through a model, with its history: fed in episodes, marked, forked, rewound, saved
+    and loaded.
 
-    now: all that it is, as one value; marks {name: what it was then}; base: the model it was made
-    with, which is never changed; model: that with what was learned added; keep: tokens of each
-    episode that are kept; folder: where the model was last found, a hint beside its hash. Raises
-    ValueError when the tokenizer has more ids than the model.
+    now: its current moment, as one value; marks {name: moment}; base: the model it was made with,
+    which never changes; model: the base plus what was learned; keep: tokens kept of each episode;
+    folder: the last known folder of the model, a hint in addition to its hash. Raises ValueError if
+    the tokenizer has more ids than the model.
     """
 
     def __init__(self, model: LM, tokenizer: Tokenizer, *, keep: int = KEEP, folder: str = "") -> None:
@@ -94,7 +93,7 @@ class Session:
                 f"session needs the tokenizer that its model was trained with"
             )
         if keep < 0:
-            raise ValueError(f"keep must be 0 tokens of each episode or more, got {keep}")
+            raise ValueError(f"keep must be at least 0 tokens of each episode, got {keep}")
         self.base = self.model = model
         self.tokenizer = tokenizer
         self.keep = keep
@@ -102,7 +101,7 @@ class Session:
         self.hash = model_hash(model)
         self.created = now()
         self.marks: dict[str, Moment] = {}
-        # A copy, because an initial state is a view of the model's own parameters.
+        # A copy, because an initial state is a view of the model's parameters.
         self.now = Moment(model.initial(1).map(lambda x: x.detach().clone()))
         self._open = False
 
@@ -113,7 +112,7 @@ class Session:
         return f"Session(model {self.hash}, {self.tokens:,} tokens, {read}{marks})"
 
     def _repr_html_(self) -> str:
-        """For notebooks: what was read, how well, and how much of it was kept."""
+        """For notebooks: a table of episodes."""
         rows = [
             (e.name, e.time, f"{e.tokens:,}", "" if e.loss is None else f"{e.loss:.3f}", f"{len(e.kept):,}")
             for e in self.now.episodes
@@ -125,7 +124,7 @@ class Session:
 
     @property
     def tokens(self) -> int:
-        """Tokens read so far, those that the model said included."""
+        """Tokens read so far, including generated ones."""
         return self.now.tokens
 
     def feed(
