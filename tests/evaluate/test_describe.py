@@ -34,7 +34,7 @@ def test_numbers_are_those_of_the_model(name: str):
 def test_equations_follow_the_schedule():
     gathered = equations(Rule(chunk_size=7, schedule=Schedule("chunk", "start")))
     assert "S_t = S_{t-1} - lr_t grad_t" in gathered and "y_t = M(q_t; W_anchor)" in gathered
-    assert any("(prod_j (1 - forget_j)) A_{t-1} + S_t behind every 7 tokens" in line for line in gathered)
+    assert any("(prod_j (1 - forget_j)) A_{t-1} + S_t after every 7 tokens" in line for line in gathered)
     assert "y_t = M(q_t; W_{t-1})" in equations(Rule(schedule=Schedule(read="before")))
 
 

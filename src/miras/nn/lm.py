@@ -212,7 +212,7 @@ class Reader(nn.Module):
 
 
 class Stack(Reader):
-    """Embedding, blocks and the last norm."""
+    """Embedding, residual blocks and the final norm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
