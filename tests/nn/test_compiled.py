@@ -139,7 +139,7 @@ def test_no_compiler_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(fast, "_step", fails)
     monkeypatch.setattr(fast, "_one_graph", lambda _: True)
     with pytest.raises(
-        OSError, match="raised: InvalidCxxCompiler: no compiler; name a C\\+\\+ compiler in CXX"
+        OSError, match="raised: InvalidCxxCompiler: no compiler; set CXX to a C\\+\\+ compiler"
     ):
         fast(tokens[:, 10:11], state)
 

@@ -91,7 +91,7 @@ def _find(label: str) -> Source:
         raise FileNotFoundError(f"No such file or folder: {label!r} (looked in {Path.cwd()}).")
     if not found:
         what = "is an empty folder" if path.is_dir() and not glob.has_magic(label) else "matches no file"
-        raise FileNotFoundError(f"{label!r} {what} (looked in {Path.cwd()}; hidden files are left out).")
+        raise FileNotFoundError(f"{label!r} {what} (looked in {Path.cwd()}; hidden files are ignored).")
     return Source(
         label, tuple((file, _plain_name(file.relative_to(path).as_posix())) for file in found), only=False
     )

@@ -277,7 +277,7 @@ def facts_of(watched: Watched, model: str, described: str, more: bool) -> list[t
     count = len(watched.pieces)
     remarks = [
         *([f"after {watched.before:,} earlier"] * (watched.before > 0)),
-        *(["the text goes on"] * more),
+        *(["the text is longer"] * more),
     ]
     heads = {len(seen["momentary"]) for seen in watched.memories.values()}
     layers = ", ".join(map(str, watched.memories)) or "none"

@@ -125,7 +125,7 @@ def _train(options: TrainOptions, console: Console) -> int:
     if run.step < options.steps:
         console.print(
             f"Interrupted. {path} has everything: `miras train --out {shlex.quote(str(options.out))} --resume` "
-            f"goes on from there."
+            f"continues from there."
         )
         return INTERRUPTED
     console.print(f"The model is {options.out / 'model'}; what each step did is in {metrics.path}.")
