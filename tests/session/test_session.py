@@ -150,7 +150,7 @@ def test_what_has_no_sense_is_refused(session: Session, tiny: Make, text: bytes)
         (lambda: session.generate(3), "the prompt is empty"),
         (lambda: session.rewind("no"), "the session has no mark 'no'; it has no marks yet"),
         (lambda: session.mark(""), "the name of a mark must not be empty"),
-        (lambda: Session(session.base, session.tokenizer, keep=-1), "keep must be 0"),
+        (lambda: Session(session.base, session.tokenizer, keep=-1), "keep must be at least 0"),
         (lambda: Session(tiny(vocab_size=100), ByteTokenizer()), "256 ids, the model only 100"),
         (lambda: Learning(lr=-1), "lr must be at least 0, got -1"),
         (lambda: Learning(lr=float("nan")), "lr must be at least 0, got nan"),
