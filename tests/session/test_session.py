@@ -161,7 +161,7 @@ def test_what_has_no_sense_is_refused(session: Session, tiny: Make, text: bytes)
             wrong()
     assert session.tokens == 0 and session.now.episodes == ()
     session.mark("a")
-    with pytest.raises(ValueError, match="the mark 'a' is there already"):
+    with pytest.raises(ValueError, match="the mark 'a' already exists"):
         session.mark("a")
     with pytest.raises(ValueError, match="no mark 'b'; its marks are a"):
         session.unmark("b")
