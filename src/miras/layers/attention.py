@@ -235,7 +235,7 @@ def _banded(
     free: tuple[Tensor, Tensor] | None,
     documents: bool,
 ) -> Tensor:
-    """Blocks of `size` queries, each against its own block of keys and the one before: linear in T."""
+    """Blocks of `size` queries, each against its own and the previous keys: linear in T."""
     assert size is not None
     T = q.shape[2]
     blocks = -(-T // size)
