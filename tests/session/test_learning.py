@@ -172,7 +172,7 @@ def test_a_number_that_is_none_stops_learning_and_keeps_the_session(session: Ses
     with torch.no_grad():
         session.base.lm_head.weight[0, 0] = torch.inf
     before = session.now
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="non-finite"):
         session.feed(text[:40], learning=Learning(segment=16))
     assert session.now.state is before.state and session.now.episodes == () and session.now.delta == {}
 
