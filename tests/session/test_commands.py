@@ -79,7 +79,7 @@ def test_help_needs_no_torch():
         ("new a.session model", "a.session: the name of a session ends in .miras"),
         ("new s.miras model", "s.miras already exists"),
         ("new a.miras nowhere", "nowhere is not a model"),
-        ("new a.miras model --keep -1", "keep must be 0"),
+        ("new a.miras model --keep -1", "keep must be at least 0"),
         ("feed none.miras day1.txt", "none.miras does not exist; give the file of a saved session"),
         ("feed day1.txt day1.txt", "day1.txt is corrupt or truncated"),
         ("feed broken.miras day1.txt", "broken.miras is corrupt or truncated"),
