@@ -15,6 +15,8 @@ from miras.nn.memory import MemoryLayer
 from miras.zoo import preset
 
 D, H, WIDTH, T = 12, 2, 6, 9
+Weights = dict[str, Tensor]
+Loss = Callable[[Tensor, Tensor, int, int], Tensor]
 
 
 def silu(x: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class Given:
 
     def __init__(self, layer: MemoryLayer, x: Tensor) -> None:
         self.p, self.x = dict(layer.named_parameters()), x
-        self.A0 = self.p["reader.A0.w"]
+        self.A0 = {n.rpartition(".")[2]: a for n, a in self.p.items() if ".A0." in n}
 
     def path(self, name: str, activation: Callable[[Tensor], Tensor], taps: int) -> Tensor:
         """Linear, a convolution of so many taps, and the activation: (T, H, numbers of a head)."""
@@ -65,9 +67,9 @@ class Given:
             weight = self.p[f"reader.{name}.conv"]
             assert weight.shape[1] == taps
             z = torch.stack(
-                [sum(weight[:, -1 - j] * z[t - j] for j in range(taps) if t >= j) for t in range(T)]
+                [sum(weight[:, -1 - j] * z[t - j] for j in range(taps) if t >= j) for t in range(len(z))]
             )
-        return activation(z).view(T, H, -1)
+        return activation(z).view(len(z), H, -1)
 
     def gates(self) -> Tensor:
         """x W + b of the gates that have one number, or a few, per head: (T, all of them)."""
@@ -82,6 +84,13 @@ class Given:
         z = self.x if down is None else self.x @ down.T
         z = z @ self.p["reader.gates.channels.0.up.weight"].T + self.p["reader.gates.channels.0.up.bias"]
         return z.view(T, H, WIDTH)
+
+    def per_output(self, i: int) -> Tensor:
+        """x U V + b of the i-th gate that has one number per output channel: (T, H, channels)."""
+        down, up = (self.p[f"reader.gates.channels.{i}.{n}.weight"] for n in ("down", "up"))
+        assert down.shape == (32, D)
+        z = self.x @ down.T @ up.T + self.p[f"reader.gates.channels.{i}.up.bias"]
+        return z.view(len(z), H, -1)
 
     def answer(self, reads: Tensor) -> Tensor:
         """Reads (T, H, WIDTH) normed by head, gated, projected."""
@@ -112,7 +121,7 @@ def reads(
     keep = keep.expand(T, H, WIDTH)
     found = []
     for h in range(H):
-        W = given.A0[h]
+        W = given.A0["w"][h]
         for t in range(T):
             W = keep[t, h][:, None] * W
             for i in range(k.shape[2]):
@@ -183,6 +192,128 @@ def longhorn(g: Given) -> Tensor:
     return reads(g, q, k, v, lr / (1 + lr * k.square().sum(-1)), correct=True)
 
 
+def norm(x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def mlp(W: Weights, x: Tensor) -> Tensor:
+    return x + norm(gelu(x @ W["w1"]) @ W["w2"])
+
+
+def half_square(y: Tensor, v: Tensor, t: int, h: int) -> Tensor:
+    return (y - v).square().sum() / 2
+
+
+def same(W: Weights) -> Weights:
+    return W
+
+
+def deep_reads(
+    given: Given,
+    lr: Weights,
+    forget: Weights | None,
+    momentum: Weights | None = None,
+    bound: float = 1.0,
+    loss: Loss = half_square,
+    link: Callable[[Weights], Weights] = same,
+    memory: Callable[[Weights, Tensor, int], Tensor] = lambda W, x, h: mlp(W, x),
+    activation: Callable[[Tensor], Tensor] = silu,
+    chunk: int = 16,
+) -> Tensor:
+    """A <- A_0 + (1 - forget) (A - A_0) + S, S <- momentum S - b lr grad at the weights of the chunk's start; read.
+
+    lr, forget, momentum {weight: (T, H, 1) or by output channel (T, H, width)}; b_t = prod_j max(0, 1 - bound lr_j
+    |k_j . k_t|) over the chunk's earlier tokens, with the largest lr_j of all channels.
+    """
+    q, k, v = (given.path(n, activation, 4) for n in "qkv")
+    q, k = unit(q), unit(k)
+    found = []
+    for h in range(H):
+        A0 = {n: a[h] for n, a in given.A0.items()}
+        A, S = A0, {n: torch.zeros_like(a) for n, a in A0.items()}
+        for t in range(len(q)):
+            if t % chunk == 0:
+                start, first = link(A), t
+            with torch.enable_grad():
+                W = {n: w.detach().requires_grad_() for n, w in start.items()}
+                error = loss(memory(W, k[t, h], h), v[t, h], t, h)
+                grads = dict(zip(W, torch.autograd.grad(error, list(W.values())), strict=True))
+            for n, grad in grads.items():
+                b = 1.0
+                for j in range(first, t):
+                    b *= max(0.0, 1 - bound * float(lr[n][j, h].max()) * abs(float(k[j, h] @ k[t, h])))
+                S[n] = (momentum[n][t, h] * S[n] if momentum else 0) - b * lr[n][t, h] * grad
+            keep = {n: 1 - forget[n][t, h] if forget else 1.0 for n in A}
+            A = {n: A0[n] + keep[n] * (A[n] - A0[n]) + S[n] for n in A}
+            found.append(memory(link(A), q[t, h], h))
+    return torch.stack(found).view(H, len(q), -1).transpose(0, 1)
+
+
+def titans_lmm(g: Given) -> Tensor:
+    parts = g.gates().view(len(g.x), 6, H, 1).unbind(1)
+    lr, momentum, forget = (dict(zip(("w1", "w2"), parts[i : i + 2], strict=True)) for i in (0, 2, 4))
+    return deep_reads(
+        g,
+        lr={n: 0.1 * 0.25 * sigmoid(z) for n, z in lr.items()},
+        momentum={n: 0.9 * sigmoid(z) for n, z in momentum.items()},
+        forget={n: sigmoid(z) for n, z in forget.items()},
+        bound=10.0,
+    )
+
+
+def by_output(g: Given, largest: float) -> tuple[Weights, Weights]:
+    """lr and forget, one number per output channel of each weight."""
+    lr = {n: largest * sigmoid(g.per_output(i)) for i, n in enumerate(("w1", "w2"))}
+    return lr, {n: sigmoid(g.per_output(2 + i)) for i, n in enumerate(("w1", "w2"))}
+
+
+def yaad(g: Given) -> Tensor:
+    delta = softplus(g.gates())
+
+    def huber(y: Tensor, v: Tensor, t: int, h: int) -> Tensor:
+        size, d = (y - v).square().sum().sqrt(), delta[t, h]
+        return size.square() / 2 if size <= d else d * (size - d / 2)
+
+    return deep_reads(g, *by_output(g, 0.35), loss=huber)
+
+
+def moneta(g: Given) -> Tensor:
+    def cubed(y: Tensor, v: Tensor, t: int, h: int) -> Tensor:
+        # Beyond 1 the line goes on with the slope that it has at 1.
+        r, edge = y - v, math.sqrt(1 + 1e-6)
+        return torch.where(r.abs() <= 1, (r.square() + 1e-6) ** 1.5, 3 * edge * r.abs()).sum()
+
+    def bounded(A: Weights) -> Weights:
+        size = {n: a.square() + 1e-12 for n, a in A.items()}
+        return {n: a * size[n] / size[n].square().sum().sqrt() for n, a in A.items()}
+
+    return deep_reads(g, *by_output(g, 0.02), loss=cubed, link=bounded)
+
+
+def memora(g: Given) -> Tensor:
+    def shares(A: Weights) -> Weights:
+        return {n: math.sqrt(len(a)) * a.exp() / a.exp().sum(0, keepdim=True) for n, a in A.items()}
+
+    return deep_reads(g, *by_output(g, 0.25), link=shares)
+
+
+def ttt(g: Given, largest: float, depth: int) -> Tensor:
+    def memory(W: Weights, x: Tensor, h: int) -> Tensor:
+        z = x
+        for i in range(1, depth + 1):
+            z = gelu(z) if i > 1 else z
+            z = z @ W[f"w{i}"] + W[f"b{i}"][0] / math.sqrt(WIDTH)
+        return x + g.p["reader.outer.gain"][h] * norm(z) + g.p["reader.outer.shift"][h]
+
+    lr = largest * sigmoid(g.gates())[..., None]
+    return deep_reads(g, dict.fromkeys(g.A0, lr), None, memory=memory, activation=plain)
+
+
 PAGES = {
     "linear-attention": linear_attention,
     "retnet": retnet,
@@ -194,7 +325,14 @@ PAGES = {
     "gated-deltanet": gated_deltanet,
     "deltaproduct": deltaproduct,
     "longhorn": longhorn,
+    "ttt-linear": lambda g: ttt(g, 1.0, 1),
+    "ttt-mlp": lambda g: ttt(g, 0.1, 2),
+    "titans-lmm": titans_lmm,
+    "yaad": yaad,
+    "moneta": moneta,
+    "memora": memora,
 }
+CHUNKS = ("ttt-linear", "ttt-mlp", "titans-lmm", "yaad", "moneta", "memora")
 
 
 def layer_of(name: str) -> MemoryLayer:
@@ -212,7 +350,7 @@ def test_a_preset_is_the_layer_of_its_page(name):
             p.normal_(std=0.4)
         elif "norm" in part:
             p.uniform_(0.5, 1.5)
-    x = torch.randn(T, D, dtype=torch.float64)
+    x = torch.randn(21 if name in CHUNKS else T, D, dtype=torch.float64)
     given = Given(layer, x)
     torch.testing.assert_close(layer(x[None])[0][0], given.answer(PAGES[name](given)), rtol=1e-9, atol=1e-10)
 
