@@ -82,10 +82,12 @@ def report(name: str, found: TrainingCheck, console: Console) -> None:
     beside = "" if found.reference is None else f"Gated DeltaNet {found.reference:.3f}"
     table.add_row("bits per byte at last", f"{found.last:.3f}", beside)
     for group, norms in sorted(found.norms.items(), key=lambda each: each[0] != "all"):
-        late = sorted(norms[10:]) or [float("nan")]
+        late = sorted(norms[10:])
         limit = f"at most {LARGEST_NORM:g}" if group == "all" else ""
         whole = "outer gradient" if group == "all" else f"  {group}"
-        table.add_row(whole, f"{late[len(late) // 2]:.3g}, at most {late[-1]:.3g}", limit)
+        # Carried states leave the initial memory behind, unless forgetting leads back to it.
+        seen = f"{late[len(late) // 2]:.3g}, at most {late[-1]:.3g}" if late else "none after ten steps"
+        table.add_row(whole, seen, limit)
     table.add_row(f"steps clipped at {settings.clip:g}", f"{found.clipped:.0%}", "")
     for layer, each in found.weight.items():
         table.add_row(
