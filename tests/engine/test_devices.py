@@ -48,7 +48,10 @@ CASES = {name: small(name) for name in presets()} | {
     "titans-mac-pooled": small("titans-mac", pool=2),
     "deltanet-mapped": small("deltanet", key_dim=3, feature_map=miras.Polynomial()),
 }
-every = pytest.mark.parametrize("name", CASES)
+MIXED = ("swa-lmm", "moneta-h", "yaad-h", "memora-h")  # of layers that other presets have alone
+every = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in MIXED)) for n in CASES]
+)
 
 SOURCE = Path(miras.__file__).parent
 
