@@ -64,13 +64,18 @@ Run = Callable[[Rule, State, State | None, Chunks, "list[Tree] | None"], tuple[T
 """Runs chunks through a memory: (rule, state, fresh state, chunks, trace)."""
 
 
-def by_chunks(run: Run, rule: Rule, state: State, call: Call, plan: Plan) -> tuple[Tensor, State]:
-    """A call, laid out on chunks of rule.chunk_size and run through the memory by `run`."""
+def by_chunks(
+    run: Run, rule: Rule, state: State, call: Call, plan: Plan, states: bool = True
+) -> tuple[Tensor, State]:
+    """A call, laid out on chunks of rule.chunk_size and run through the memory by `run`.
+
+    states: whether `run` keeps the weights of every chunk for the backward pass.
+    """
     fresh = None if call.reset is None or call.initial is None else init_state(rule, call.initial)
     fixed, steps = Fixed(base_of(rule, call.initial), call.outer), rule.algorithm.steps
     rule, call = unrolled(rule, call)
     layout = plan.steps(steps).chunks(rule.chunk_size)
-    y, state = laid_out(run, rule, state, fresh, call, layout, fixed, plan.watch, steps)
+    y, state = laid_out(run, rule, state, fresh, call, layout, fixed, plan.watch, steps, states)
     return y[:, :, steps - 1 :: steps], state
 
 
@@ -84,15 +89,16 @@ def laid_out(
     fixed: Fixed,
     watch: Watch | None,
     steps: int,
+    states: bool = True,
 ) -> tuple[Tensor, State]:
     """Single-step tokens, on a layout with chunks of rule.chunk_size tokens."""
     if 0 in call.q.shape[:3]:
         return call.v.new_zeros(call.v.shape), state
     trace: list[Tree] | None = None if watch is None else []
     if isinstance(layout, Even):
-        y, state, place = _even(run, rule, state, fresh, call, layout, fixed, trace)
+        y, state, place = _even(run, rule, state, fresh, call, layout, fixed, trace, states)
     else:
-        y, state, place = _grid(run, rule, state, fresh, call, layout, fixed, trace)
+        y, state, place = _grid(run, rule, state, fresh, call, layout, fixed, trace, states)
     if watch is not None and trace is not None:
         seen = {name: torch.cat([t[name] for t in trace], -1) for name in trace[0]}
         if place is not None:
@@ -111,6 +117,7 @@ def _even(
     layout: Even,
     fixed: Fixed,
     trace: list[Tree] | None,
+    states: bool,
 ) -> tuple[Tensor, State, Tensor | None]:
     """The rest of the open chunk, whole chunks, the remainder; or a single token. Returns reads,
     state, places of the tokens."""
@@ -145,7 +152,7 @@ def _even(
             starts=(start,) * N,
             ends=(end,) * N,
         )
-        y, state = in_groups(run, rule, state, fresh, chunks, trace)
+        y, state = in_groups(run, rule, state, fresh, chunks, trace, states)
         reads.append(y)
         at, phase, opened = cut.stop, 0, False
     y = reads[0] if len(reads) == 1 else torch.cat(reads, 2)
@@ -163,6 +170,7 @@ def _grid(
     layout: Grid,
     fixed: Fixed,
     trace: list[Tree] | None,
+    states: bool,
 ) -> tuple[Tensor, State, Tensor]:
     """Rows at different phases, holes and documents: one gather moves each row to its own chunk
     grid."""
@@ -198,20 +206,28 @@ def _grid(
         starts=layout.starts,
         ends=layout.ends,
     )
-    y, state = in_groups(run, rule, state, fresh, chunks, trace)
+    y, state = in_groups(run, rule, state, fresh, chunks, trace, states)
     back = layout.place.clamp_min(0)[:, None, :, None].expand(B, H, T, y.shape[-1])
     there = (layout.place >= 0)[:, None, :, None]
     return torch.where(there, y.gather(2, back), 0), state, layout.place
 
 
 def in_groups(
-    run: Run, rule: Rule, state: State, fresh: State | None, chunks: Chunks, trace: list[Tree] | None
+    run: Run,
+    rule: Rule,
+    state: State,
+    fresh: State | None,
+    chunks: Chunks,
+    trace: list[Tree] | None,
+    states: bool = True,
 ) -> tuple[Tensor, State]:
     """All chunks in order; if their activations are large, in groups that the backward pass
     recomputes."""
     N = size = chunks.q.shape[2]
     if torch.is_grad_enabled() and N > 1:
-        size = min(N, max(math.isqrt(N - 1) + 1, ACTIVATION_BYTES // _activation_bytes(chunks, state)))
+        size = min(
+            N, max(math.isqrt(N - 1) + 1, ACTIVATION_BYTES // _activation_bytes(chunks, state, states))
+        )
     *early, last = [chunks] if size == N else _parts(chunks, size)
     reads: list[Tensor] = []
     for part in early:
@@ -222,10 +238,11 @@ def in_groups(
     return torch.cat([*reads, y], 2) if reads else y, state
 
 
-def _activation_bytes(chunks: Chunks, state: State) -> int:
+def _activation_bytes(chunks: Chunks, state: State, states: bool) -> int:
     """About the bytes one chunk keeps for the backward pass: weights, their inputs and outputs, and
     its coefficients."""
-    n, rows, parts = chunks.q.shape[3], chunks.q.shape[0] * chunks.q.shape[1], 1 + bool(state.S)
+    n, rows = chunks.q.shape[3], chunks.q.shape[0] * chunks.q.shape[1]
+    parts = states * (1 + bool(state.S))
     weights = sum(
         parts * a.shape[-2] * a.shape[-1] + 4 * n * (a.shape[-2] + a.shape[-1]) // 2 for a in state.A.values()
     )

@@ -186,7 +186,7 @@ WAYS = (
         _gathers,
         partial(by_chunks, per_chunk),
     ),
-    Way("mlp", DUAL - {"read start", "window"}, _is_mlp, partial(by_chunks, mlp.run)),
+    Way("mlp", DUAL - {"read start", "window"}, _is_mlp, partial(by_chunks, mlp.run, states=False)),
     Way("per head", DUAL, _is_per_head, partial(by_chunks, dual)),
     Way("by channel", LINEAR | {"first_order", "link"}, _unwatched, partial(by_chunks, channels.run)),
     Way(
