@@ -14,6 +14,7 @@ from torch import Tensor
 from miras.core.algorithm import Algorithm, GradientAscent, GradientDescent, Implicit, Muon
 from miras.core.bias import L1, L2, Dot, Huber, LInf, Lp, Robust
 from miras.core.memory import MLP, GatedMLP, Matrix, Vector
+from miras.core.recurrence import recurrence
 from miras.core.retention import (
     Decay,
     ElasticNet,
@@ -26,6 +27,7 @@ from miras.core.retention import (
 )
 from miras.core.rule import Call, Rule, init_state, pair_gates
 from miras.core.schedule import Schedule
+from miras.engine import scan
 from miras.engine.scan import RECURRENCE, planned, way_of, ways
 
 CLASSIC = tuple(
@@ -378,3 +380,12 @@ def second_derivatives(problem: Problem, function: Callable) -> dict[str, Tensor
     return {
         n: torch.zeros_like(x) if g is None else g for (n, x), g in zip(leaves.items(), second, strict=True)
     }
+
+
+def is_the_recurrence(problem: Problem, *ways: str) -> None:
+    """`scan` takes one of these ways, at any cut, and gives the recurrence's values and gradients."""
+    assert fastest(problem) in ways
+    y, state = problem.run(recurrence, [slice(0, problem.T)])
+    fast_y, fast_state = problem.run(scan, problem.cuts())
+    same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
+    same(problem.gradients(fast_y, fast_state), problem.gradients(y, state))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cases import Problem, by_way, fastest, name, same, second_derivatives
+from cases import Problem, by_way, fastest, is_the_recurrence, name, same, second_derivatives
 from miras.core.algorithm import GradientDescent
 from miras.core.bias import L2, Huber
 from miras.core.memory import MLP, Matrix
@@ -61,14 +61,6 @@ def problem_of(rule: Rule, seed: int, lr: str, forget: str, **sizes: int) -> Pro
     return problem
 
 
-def check(problem: Problem) -> None:
-    assert fastest(problem) == "by channel"
-    y, state = problem.run(recurrence, [slice(0, problem.T)])
-    fast_y, fast_state = problem.run(scan, problem.cuts())
-    same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
-    same(problem.gradients(fast_y, fast_state), problem.gradients(y, state))
-
-
 def allowed(rule: Rule, lr: str, forget: str) -> bool:
     if rule.retention.direct:
         return (lr, forget) != ("head", "head") and (bool(rule.retention.gates) or forget == "head")
@@ -86,14 +78,14 @@ def cases(rules: tuple[Rule, ...]) -> list:
 
 @pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES)[::3])
 def test_it_is_the_recurrence(rule, lr, forget):
-    check(problem_of(rule, RULES.index(rule), lr, forget, T=19))
+    is_the_recurrence(problem_of(rule, RULES.index(rule), lr, forget, T=19), "by channel")
 
 
 @pytest.mark.parametrize(("rule", "lr", "forget"), cases(MAPPED)[::3])
 @pytest.mark.parametrize("tile", [1, 20_000])
 def test_a_map_is_the_recurrence(rule, lr, forget, tile, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_BYTES", tile)
-    check(problem_of(rule, MAPPED.index(rule) + 300, lr, forget, T=19))
+    is_the_recurrence(problem_of(rule, MAPPED.index(rule) + 300, lr, forget, T=19), "by channel")
 
 
 @pytest.mark.parametrize(("rule", "lr", "forget"), cases(RULES[:3] + MAPPED[4:5])[::3])
@@ -104,7 +96,7 @@ def test_gates_at_exactly_0_and_1(rule, lr, forget):
             draw = torch.rand(gate.shape, generator=torch.Generator().manual_seed(gate.numel()))
             gate[draw < 0.25] = 0.0
             gate[draw > 0.75] = 1.0
-    check(problem)
+    is_the_recurrence(problem, "by channel")
 
 
 @pytest.mark.parametrize("rule", RULES[::2] + MAPPED[::4], ids=name)
@@ -113,7 +105,7 @@ def test_groups_that_are_recomputed_and_nothing_recorded(rule, monkeypatch):
         rule, (RULES + MAPPED).index(rule) + 200, "output", "output" if rule.retention.gates else "head", T=37
     )
     monkeypatch.setattr(chunks, "ACTIVATION_BYTES", 0)
-    check(problem)
+    is_the_recurrence(problem, "by channel")
     y, state = problem.run(recurrence, [slice(0, problem.T)])
     with torch.no_grad():
         y2, state2 = problem.run(scan, problem.cuts())

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cases import Problem, fastest, same
+from cases import Problem, is_the_recurrence, same
 from miras.core.algorithm import GradientDescent, Implicit
 from miras.core.bias import L2, Dot
 from miras.core.observe import observe
@@ -55,24 +55,18 @@ def problem_of(rule: Rule, seed: int, channels: bool = False) -> Problem:
     return problem
 
 
-def check(problem: Problem) -> None:
-    assert "blocks" in fastest(problem)
-    y, state = problem.run(recurrence, [slice(0, problem.T)])
-    fast_y, fast_state = problem.run(scan, problem.cuts())
-    same({"y": fast_y} | fast_state.tensors(), {"y": y} | state.tensors())
-    same(problem.gradients(fast_y, fast_state), problem.gradients(y, state))
-
-
 @pytest.mark.parametrize("rule", RULES, ids=name)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_blockwise_is_the_recurrence(rule, seed):
-    check(problem_of(rule, seed + 10 * RULES.index(rule)))
+    is_the_recurrence(problem_of(rule, seed + 10 * RULES.index(rule)), "blocks", "hebbian blocks")
 
 
 @pytest.mark.parametrize("rule", [r for r in RULES if r.bias == Dot() and not r.algorithm.momentum], ids=name)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_decay_by_key_channel(rule, seed):
-    check(problem_of(rule, seed + 10 * RULES.index(rule) + 1000, channels=True))
+    is_the_recurrence(
+        problem_of(rule, seed + 10 * RULES.index(rule) + 1000, channels=True), "blocks", "hebbian blocks"
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name)
@@ -83,7 +77,7 @@ def test_gates_at_exactly_0_and_1(rule):
             draw = torch.rand(gate.shape, generator=torch.Generator().manual_seed(gate.numel()))
             gate[draw < 0.25] = 0.0
             gate[draw > 0.75] = 1.0
-    check(problem)
+    is_the_recurrence(problem, "blocks", "hebbian blocks")
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.002, 0.5, 0.95, 1.0])
